@@ -36,6 +36,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -50,6 +51,9 @@ import torch.nn.functional as F
 
 class UserError(ValueError):
     """Something the user can mend. The command line prints it as one line, `error: <what>: <found> vs <expected>. <fix>`."""
+
+
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ class Mel:
         power = self._power(audio, 0, 0, len(audio) * self.fps // self.sample_rate)
         if self.level and len(power):
             power = power / max(np.percentile(power.mean(1), 95), 1e-12)
-        return np.log(np.maximum(power, 1e-10))
+        return np.log(np.maximum(power, 1e-13))
 
     def push(self, samples):
         """The next samples of a sound that arrives piece by piece -> the columns (n, M) they complete."""
@@ -179,11 +183,14 @@ class Mel:
         keep = max(0, (frames + 1) * self.sample_rate // self.fps - self.size)  # where the next column's window starts
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
-        return np.log(np.maximum(power, 1e-10))
+        return np.log(np.maximum(power, 1e-13))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The fused operator: causal dilated convolution + bias + conditioning + tanh * sigmoid gate (Fig. 1C, Sec. 2.2)
+
+KERNEL_VERSION = 0  # of csrc/gated_conv.cu: 1 naive, 2 tiled, 3 tensor cores (bfloat16), 0 the best that fits
+_kernel = None  # what load_kernel found: a function, or False; None: not asked yet
 
 
 def gated_causal_conv_reference(x, weight, bias, cond, dilation):
@@ -197,13 +204,117 @@ def gated_causal_conv_reference(x, weight, bias, cond, dilation):
     return torch.tanh(tanh) * torch.sigmoid(sigmoid)  # (B, H, T)
 
 
+def register_kernel(library):
+    """Gives torch.ops.<library>, built from csrc/, its shapes, gradient and autocast; returns it as a `gated_causal_conv`."""
+    ops, name = getattr(torch.ops, library), f"{library}::gated_conv"
+
+    def fake(x, weight, bias, cond, dilation, save, version):
+        B, H, T = x.shape[0], weight.shape[0] // 2, x.shape[2]
+        return x.new_empty(B, H, T), x.new_empty(B if save else 0, 2 * H, T)  # y, pre-activation h
+
+    def fake_backward(dy, h, x, weight, dilation, version):
+        return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1]), h.new_empty(h.shape)
+
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, cond, ctx.dilation, _, ctx.version = inputs
+        ctx.given = bias is not None, cond is not None
+        ctx.save_for_backward(output[1], x, weight)
+
+    def backward(ctx, dy, _):  # the gradient of cond is that of h
+        dx, dweight, dbias, dh = ops.gated_conv_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.version)
+        return dx, dweight, dbias if ctx.given[0] else None, dh if ctx.given[1] else None, None, None, None
+
+    def autocast(x, weight, bias, cond, *rest):
+        device, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
+        tensors = [v if v is None or v.dtype == torch.float64 else v.to(dtype) for v in (x, weight, bias, cond)]
+        with torch.autocast(device, enabled=False):
+            return ops.gated_conv(*tensors, *rest)
+
+    torch.library.register_fake(name, fake)
+    torch.library.register_fake(name + "_backward", fake_backward)
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    torch.library.impl(name, ("AutocastCPU", "AutocastCUDA"), autocast)
+    return lambda x, weight, bias, cond, dilation: ops.gated_conv(
+        x, weight, bias, cond, dilation, torch.is_grad_enabled(), KERNEL_VERSION
+    )[0]
+
+
+def find_toolkit():
+    """The CUDA toolkit to compile with: CUDA_HOME if it is one, else nvcc's on PATH, a usual place, or pip's wheels."""
+    major, nvcc = torch.version.cuda.split(".")[0], shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
+    places += [*sorted(Path("/usr/local").glob(f"cuda-{major}*"), reverse=True), "/usr/local/cuda", "/opt/cuda"]
+    for place in map(Path, filter(None, [*places, *(f"{path}/nvidia/cu{major}" for path in sys.path)])):
+        if (place / "bin" / "nvcc").exists() and any(place.glob("lib*/libcudart.so*")):  # a lone nvcc cannot link
+            return place
+    raise RuntimeError("no CUDA toolkit (bin/nvcc and libcudart) found; install one or set CUDA_HOME")
+
+
+def build_kernel():
+    """Compiles csrc/ unless it is in the cache, and loads it. Raises whatever goes wrong."""
+    csrc = Path(__file__).resolve().parent / "csrc"
+    gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    arch = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in gpus) or "7.5;8.0;8.6;9.0+PTX"
+    text = "".join((csrc / f"gated_conv.{end}").read_text() for end in ("h", "cpp", "cu")) + arch + torch.version.cuda
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions") / "talkingflow"
+    built = cache / f"gated_conv-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
+    if built.exists():
+        return torch.ops.load_library(built)
+    from torch.utils import cpp_extension
+
+    toolkit = find_toolkit()
+    print(f"kernel: compiling csrc/ with {toolkit} into {built} (once, a minute or two)", file=sys.stderr)
+    cache.mkdir(parents=True, exist_ok=True)
+    before, cpp_extension.CUDA_HOME = os.environ.get("TORCH_CUDA_ARCH_LIST"), str(toolkit)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # our own, so a lock left by a killed build cannot hang this one
+        library = next(toolkit.glob("lib*/libcudart.so*"))
+        Path(folder, "libcudart.so").symlink_to(library)  # pip's wheels have only libcudart.so.13
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arch  # torch fails to choose one where no GPU is visible
+        try:
+            cpp_extension.load(
+                "talkingflow",
+                [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")],
+                extra_cflags=["-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+                extra_cuda_cflags=["-O3"],
+                extra_ldflags=[f"-L{folder}"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        finally:
+            os.environ.pop("TORCH_CUDA_ARCH_LIST") if before is None else os.environ.update(TORCH_CUDA_ARCH_LIST=before)
+        os.replace(Path(folder, "talkingflow.so"), built)  # whole or not at all, however many processes build
+
+
+@torch.compiler.assume_constant_result
 def load_kernel():
-    """The fused CUDA operator of csrc/, or None where there is none: then the reference runs."""
-    return None
+    """The fused CUDA operator of csrc/ as a function like `gated_causal_conv_reference`, or None: then that runs.
+
+    TALKINGFLOW_KERNEL=auto takes the operator where a GPU is visible, cuda builds it anywhere, torch never. The first call
+    says which, and why, in one line on stderr. Whatever fails is one warning and the PyTorch path.
+    """
+    global _kernel
+    if _kernel is None:
+        _kernel, choice = False, os.environ.get("TALKINGFLOW_KERNEL", "auto")
+        if choice not in ("auto", "cuda", "torch"):
+            raise UserError(f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it.")
+        why = "TALKINGFLOW_KERNEL=torch" if choice == "torch" else "this PyTorch has no CUDA" if torch.version.cuda is None else ""
+        why = why or ("no GPU is visible" if choice == "auto" and not torch.cuda.is_available() else "")
+        try:
+            if not why:
+                build_kernel()
+                _kernel = register_kernel("talkingflow")
+            print(f"kernel: PyTorch ({why})" if why else "kernel: csrc/gated_conv.cu (fused CUDA operator)", file=sys.stderr)
+        except Exception as error:  # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
+            lines = str(error).splitlines() or [repr(error)]
+            reason = next((line for line in lines if "error:" in line or "fatal" in line), lines[0])
+            warnings.warn(f"kernel: PyTorch, because csrc/ could not be built or loaded: {reason[:300]}", stacklevel=2)
+    return _kernel or None
 
 
 def gated_causal_conv(x, weight, bias, cond, dilation):
     """`gated_causal_conv_reference`, by the fused kernel where one runs (same shapes)."""
+    if x.is_cuda and (kernel := load_kernel()) is not None:
+        return kernel(x, weight, bias, cond, dilation)
     return gated_causal_conv_reference(x, weight, bias, cond, dilation)
 
 
@@ -223,15 +334,15 @@ class ConditionTCN(nn.Module):
         H, k = config.hidden, config.kernel_size
         sizes = [channels] + [H] * (len(config.dilations) - 1)
         self.layers = nn.ModuleList(nn.Conv1d(C, 2 * H, k, dilation=d) for C, d in zip(sizes, config.dilations))
-        self.cond = nn.Conv1d(config.cond_dim, 2 * H * len(self.layers), 1, bias=False)  # all layers' conditioning at once
-        self.out = nn.Conv1d(H, out_channels, 1)
+        self.cond = nn.Linear(config.cond_dim, 2 * H * len(self.layers), bias=False)  # all layers' conditioning at once
+        self.out = nn.Linear(H, out_channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         self.dropout, self.precision = config.dropout, torch.float32
 
     def forward(self, x, c, memory=None):
         with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
-            h, conds = x.transpose(1, 2), self.cond(c.transpose(1, 2)).chunk(len(self.layers), 1)  # (B, C, T), (B, 2H, T)
+            h, conds = x.transpose(1, 2), self.cond(c).transpose(1, 2).chunk(len(self.layers), 1)  # (B, C, T), (B, 2H, T)
             for layer, cond in zip(self.layers, conds):
                 past = (layer.kernel_size[0] - 1) * layer.dilation[0]
                 if memory is not None:  # the layer's last inputs stand where the zero padding of a whole sequence would
@@ -240,7 +351,7 @@ class ConditionTCN(nn.Module):
                     cond = F.pad(cond, (past, 0))
                 h = gated_causal_conv(h, layer.weight, layer.bias, cond, layer.dilation[0])  # (B, H, T)
                 h = F.dropout(h if memory is None else h[:, :, past:], self.dropout, self.training)
-            return self.out(h).transpose(1, 2).to(x.dtype)  # (B, T, out)
+            return self.out(h.transpose(1, 2)).to(x.dtype)  # (B, T, out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -560,7 +671,810 @@ class Stream:
             flow.train(training)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: a training folder as prepare_data.py writes it (plain .npy files, memory-mapped, and meta.json)
+
+
+class Clips:
+    """The clips of a training folder. Nothing is read before it is asked for: 17 hours or 17 seconds cost the same memory."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        path = self.folder / "meta.json"
+        if not path.is_file():
+            raise UserError(f"{self.folder}: no meta.json vs a folder made by prepare_data.py. Run: python prepare_data.py SRC "
+                            f"--out {self.folder}")  # fmt: skip
+        try:
+            self.meta = json.loads(path.read_text())
+            self.clips, self.fps = self.meta["clips"], self.meta["fps"]
+            self.landmarks, self.mel, self.audio = (
+                np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ("landmarks", "mel", "audio")
+            )
+            frames = sum(clip["frames"] for clip in self.clips)
+        except (OSError, ValueError, KeyError, EOFError, TypeError) as e:
+            raise UserError(f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. Prepare it again with --force")
+        if self.meta.get("format") != 1 or not len(self.landmarks) == len(self.mel) >= frames:
+            raise UserError(f"{self.folder}: {len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound vs {frames} in "
+                            f"meta.json. Prepare it again with --force")  # fmt: skip
+        self.dim, self.cond_dim = self.landmarks.shape[1], self.mel.shape[1]
+
+    def split(self, name):
+        return [clip for clip in self.clips if clip["split"] == name]
+
+    def window_length(self, longest):
+        """The longest window, up to `longest` frames, that at least 95 % of the training clips can fill."""
+        lengths = sorted(clip["frames"] for clip in self.split("train"))
+        if not lengths:
+            raise UserError(f"{self.folder}: no clip in the training split vs at least 1. Prepare more data")
+        return min(longest, lengths[len(lengths) // 20])
+
+    def windows(self, split, T, limit=None):
+        """(clip, first frame) of the windows of T frames that tile a split's clips; at most `limit`, evenly chosen."""
+        tiles = [(clip, s) for clip in self.split(split) for s in range(0, clip["frames"] - T + 1, T)]
+        return tiles if limit is None or len(tiles) <= limit else [tiles[i * len(tiles) // limit] for i in range(limit)]
+
+    def draw(self, count, T, generator):
+        """`count` random training windows; every frame that can start one is as likely as any other."""
+        clips = [clip for clip in self.split("train") if clip["frames"] >= T]
+        starts = np.cumsum([clip["frames"] - T + 1 for clip in clips])
+        picks = torch.randint(int(starts[-1]), (count,), generator=generator).numpy()
+        chosen = np.searchsorted(starts, picks, side="right")
+        return [(clips[i], int(starts[i] - 1 - pick)) for i, pick in zip(chosen, picks)]
+
+    def batch(self, windows, T, lead=0, noise=0.0, generator=None):
+        """Landmarks x (B, T, D) with dequantisation noise of `noise` interocular distances, sound c (B, T, M) `lead` ahead."""
+        x = np.stack([self.landmarks[clip["start"] + s : clip["start"] + s + T] for clip, s in windows])
+        c = np.stack([lead_sound(self.mel[clip["start"] : clip["start"] + clip["frames"]], s, T, lead) for clip, s in windows])
+        x = torch.from_numpy(x)
+        if noise:
+            x = x + noise * self.meta["interocular"] * torch.randn(x.shape, generator=generator)
+        return x, torch.from_numpy(c)
+
+
+def lead_sound(mel, start, T, lead):
+    """Frames start..start+T-1 of a clip's log-mel (frames, M), heard `lead` frames ahead; the last column is repeated."""
+    return mel[np.minimum(np.arange(start, start + T) + lead, len(mel) - 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: plain dicts and tensors, written whole or not at all
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a full disk or a kill leaves the old file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"{path}: not written ({e}) vs a writable place with room. What was there is kept")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file. Runs no code from it, and refuses a damaged one: torch.load does not check the CRC."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a checkpoint. Train one: python "
+                        f"talkingflow.py train")  # fmt: skip
+    try:
+        if path.read_bytes()[:40].startswith(b"version https://git-lfs"):
+            raise ValueError("a git-lfs pointer, fetch the file itself")
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise ValueError(f"damaged at {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != 1:
+            raise ValueError(f"format {state['format']}")
+        return state
+    except Exception as e:  # zipfile, pickle and torch raise a dozen kinds for the same thing: not a checkpoint
+        raise UserError(f"{path}: unreadable ({str(e).splitlines()[0] if str(e) else type(e).__name__}) vs a TalkingFlow "
+                        f"checkpoint. Use another one or train again")  # fmt: skip
+
+
+def load_checkpoint(path, device="cpu"):
+    """A trained flow, ready to sample, and the dict it came from (config, data, step, val_nll)."""
+    state = read_checkpoint(path)
+    try:
+        flow = TalkingFlow(Config(**state["config"]))
+        flow.load_state_dict(state["model"])
+    except (TypeError, KeyError, RuntimeError) as e:
+        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. Use the code that trained it")
+    return flow.eval().to(device), state
+
+
+def describe(clips):
+    """What a checkpoint remembers of its training data, to speak to new sounds in the same way and to name its sources."""
+    keys = ("mel", "fps", "layout", "normalisation", "interocular", "sources", "fingerprint")
+    return {key: clips.meta[key] for key in keys} | {"folder": str(clips.folder.resolve())}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+class Objective(nn.Module):
+    """What is minimised, in one forward call so that DistributedDataParallel sees all of it."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x, c, mean_weight):
+        """Mean NLL of x (B, T, D) given c (B, T, M), nats per coordinate per frame, and the loss, which adds the mean's own error.
+
+        Under the ar2 prior m(c) is fitted through the filter 1 - a1 L - a2 L^2, that is on the fastest movements only. Its own
+        squared error, faded out in training, first teaches it the whole mouth; the likelihood then takes back what was too much.
+        """
+        zs, logdet = self.flow(x, c)
+        z, mean, prior = torch.cat(zs, 2), self.flow.prior_mean(c), self.flow.prior
+        nll = -(prior.log_prob(z, mean) + logdet).mean() / (x.shape[1] * x.shape[2])
+        return nll, nll + mean_weight * ((z.detach() - mean) ** 2 / prior.variance).mean()
+
+
+def build_optimizer(flow, config):
+    """Adam; decay on the ConditionTCNs' weights only: pulling a rotation, an ActNorm or an autocorrelation to 0 means nothing."""
+    groups = {}
+    for name, parameter in flow.named_parameters():
+        mean, decays = "mean_net" in name, (".net." in name or "mean_net" in name) and parameter.dim() > 1
+        groups.setdefault((mean, decays), []).append(parameter)
+    groups = [
+        {"params": p, "scale": config.mean_lr if mean else 1.0,
+         "weight_decay": config.weight_decay * decays / (config.mean_lr if mean else 1.0)}  # the same decay a step
+        for (mean, decays), p in groups.items()
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def schedule(step, steps, config):
+    """Learning rate as a share of the peak: linear warm-up, then cosine to lr_final."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
+    return min(1, (step + 1) / (config.warmup + 1)) * (config.lr_final + (1 - config.lr_final) * cosine)
+
+
+class Interrupt:
+    """Ctrl-C and kill ask for a stop after the step under way; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.signal, self.old = 0, {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+@torch.no_grad()
+def validate(flow, batches):
+    """Mean NLL over fixed batches, dropout off."""
+    flow.eval()
+    nll = torch.cat([flow.nll(x, c) for x, c in batches]).mean()
+    flow.train()
+    return float(nll)
+
+
+def fixed_batches(clips, split, T, config, device, limit=96):
+    """Up to `limit` windows of a split with noise that never changes, so that two validations can be compared."""
+    generator, windows = torch.Generator().manual_seed(0), clips.windows(split, T, limit)
+    blocks = [windows[i : i + 32] for i in range(0, len(windows), 32)]
+    return [[v.to(device) for v in clips.batch(b, T, config.lead, config.noise, generator)] for b in blocks]
+
+
+def start_flow(config, clips, T):
+    """A new flow with its data-dependent start, the same in every process."""
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    x, c = clips.batch(clips.draw(400, T, generator), T, config.lead, config.noise, generator)
+    for name, values in (("landmarks", x), ("sound", c)):
+        if not values.isfinite().all():
+            raise UserError(f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. Prepare it again with --force")
+    still = (x.std((0, 1)) < 1e-6).nonzero().flatten().tolist()
+    if still:
+        raise UserError(f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. Train with --noise "
+                        f"0.0022 or mend the landmarks")  # fmt: skip
+    flow = TalkingFlow(config)
+    flow.initialize(x, c)
+    return flow
+
+
+def choose_device(name):
+    """auto: this process's GPU where there is one."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device: {name} ({str(e).splitlines()[0]}) vs one that torch can use. Try --device cpu")
+    return torch.device(name)
+
+
+class Trainer:
+    """One training run. Under torchrun every process takes its share of each batch and rank 0 alone writes.
+
+    config, clips: what to train, on what. out: the run's folder. state: the dict of resume.pt to go on from.
+    """
+
+    def __init__(self, config, clips, out, device="auto", state=None):
+        self.config, self.clips, self.out, self.device = config, clips, Path(out), choose_device(device)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if config.batch_size % self.world:
+            raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. Change --batch_size")
+        self.T = clips.window_length(config.seq_len)
+        self.steps = config.steps or math.ceil(config.epochs * len(clips.windows("train", self.T)) / config.batch_size)
+        self.held = {split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")}
+        if not self.held["val"]:
+            raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. Prepare more clips or lower "
+                            f"--seq_len")  # fmt: skip
+        flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
+        self.flow, self.optimizer = flow, build_optimizer(flow, config)
+        self.step, self.best, self.skipped = 0, math.inf, 0
+        self.generator = torch.Generator().manual_seed(config.seed + 1000003 * (self.rank + 1))  # windows and noise
+        torch.manual_seed(config.seed + 1000003 * self.rank)  # dropout
+        if state:
+            self.step, self.best = state["step"], state["best"]
+            flow.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.world == 1:
+                self.generator.set_state(state["generator"])
+                torch.set_rng_state(state["torch_rng"])
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            for net in flow.modules():  # the networks in bfloat16; the flow around them stays float32, so its inverse stays exact
+                if isinstance(net, ConditionTCN):
+                    net.precision = torch.bfloat16
+        self.model = Objective(flow)
+        if self.world > 1:  # wrapped after the data-dependent start, which is the same in all processes
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self.model = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=False)
+
+    def train_step(self):
+        """One step of Adam on a fresh batch; a step whose gradient is not finite changes nothing and is named."""
+        config, step = self.config, self.step
+        share = schedule(step, self.steps, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * share * group["scale"]
+        windows = self.clips.draw(config.batch_size // self.world, self.T, self.generator)
+        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator)
+        fade = max(0.0, 1 - step / (0.7 * self.steps)) if self.flow.prior.mean_net else 0.0
+        nll, loss = self.model(x.to(self.device), c.to(self.device), config.mean_loss * fade)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.flow.parameters(), config.grad_clip)
+        self.step += 1
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.skipped = 0
+            return
+        self.skipped += 1
+        names = ", ".join(clip["name"] for clip, _ in windows[:4])
+        print(f"step {self.step}: gradient not finite (nll {float(nll):.3f}; clips {names}, ...), step skipped", flush=True)
+        if self.skipped == 5:
+            raise UserError(f"step {self.step}: 5 gradients in a row not finite vs finite ones. {self.out / 'checkpoint.pt'} keeps "
+                            f"the last good weights; lower --lr or mend these clips")  # fmt: skip
+
+    def log(self, seconds):
+        """Validate, append to log.jsonl, print, keep the best weights and everything that --resume needs."""
+        nlls = {f"{split}_nll": validate(self.flow, batches) for split, batches in self.held.items()}
+        speed = self.config.batch_size * self.T / seconds  # of a step
+        entry = {"step": self.step, **nlls, "frames_per_second": round(speed)}
+        left = time.strftime("%H:%M:%S", time.gmtime((self.steps - self.step) * seconds))
+        print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} val nll {nlls['val_nll']:.4f} | "
+              f"{seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} left", flush=True)  # fmt: skip
+        with open(self.out / "log.jsonl", "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        if nlls["val_nll"] < self.best:  # never true for NaN
+            self.best = nlls["val_nll"]
+            self.save("checkpoint.pt", val_nll=self.best)
+        self.save_resume()
+
+    def save(self, name, **more):
+        state = {"format": 1, "config": dataclasses.asdict(self.config), "data": describe(self.clips), "step": self.step,
+                 "model": self.flow.state_dict(), **more}  # fmt: skip
+        write_atomically(self.out / name, lambda path: torch.save(state, path))
+
+    def save_resume(self):
+        self.save("resume.pt", best=self.best, optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(),
+                  torch_rng=torch.get_rng_state())  # fmt: skip
+
+    def stop_asked(self, interrupt):
+        """The number of a signal that any process got: all of them stop after the same step."""
+        if self.world == 1:
+            return interrupt.signal
+        flag = torch.tensor(interrupt.signal, device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return int(flag)
+
+    def run(self):
+        """Train to the last step or the first signal; returns that signal's number, or 0."""
+        clock, done, signalled = time.perf_counter(), self.step, 0
+        with Interrupt() as interrupt:
+            while self.step < self.steps and not signalled:
+                first = self.step == 0
+                self.train_step()
+                signalled = self.stop_asked(interrupt)
+                seconds = (time.perf_counter() - clock) / (self.step - done)
+                due = first or self.step % self.config.eval_interval == 0 or self.step == self.steps
+                if self.rank == 0 and due and not signalled:
+                    self.log(seconds)
+                    clock, done = time.perf_counter(), self.step
+                elif self.rank == 0 and CLEAR and self.step % 10 == 0:
+                    print(f"{CLEAR}step {self.step}/{self.steps}  {1 / seconds:.1f} steps/s", end="", flush=True)
+            if self.rank == 0 and signalled:
+                self.save_resume()
+        return signalled
+
+
+def plot_losses(out, figures):
+    """loss.png: train and validation NLL over the steps, and the lines they must be seen against."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    for split, colour in (("train", "#0072B2"), ("val", "#D55E00")):
+        axes.plot([e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour)
+    for name, style in (("var2", ":"), ("var3", "--"), ("optimum", "-")):
+        if name in figures:
+            axes.axhline(figures[name], color="#555555", linestyle=style, linewidth=1, label=name.upper().replace("R", "R "))
+    axes.set(xlabel="step", ylabel="NLL, nats per coordinate per frame")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    write_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png"))
+    plt.close(figure)
+
+
+def newest_run(name="checkpoint.pt"):
+    """The run folder under runs/ whose file `name` was written last."""
+    found = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"runs/: no {name} vs a trained run. Run: python talkingflow.py train")
+    return found[-1].parent
+
+
+def train(args):
+    """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
+    if args.resume:
+        out = Path(args.out) if args.out else newest_run("resume.pt")
+        state = read_checkpoint(out / "resume.pt")
+        clips = Clips(args.data or state["data"]["folder"])
+        config = Config(**state["config"])
+        for name, value in args.config.items():
+            if name not in ("steps", "eval_interval") and getattr(config, name) != value:
+                raise UserError(f"{name}: {value} vs {getattr(config, name)} in {out}. Leave it out, or start a new run")
+        config = dataclasses.replace(config, **args.config)
+        if clips.meta["fingerprint"] != state["data"]["fingerprint"]:
+            raise UserError(f"{clips.folder}: other data vs what {out} was trained on. Start a new run without --resume")
+        if state["step"] >= config.steps > 0:
+            raise UserError(f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps")
+    else:
+        state, clips = None, Clips(args.data or default_data(args))
+        config = configure(args, clips)
+        number = 1 + max([int(p.name[:3]) for p in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
+        out = Path(args.out or f"runs/{number:03d}-{args.preset}-{clips.folder.name}")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
+            raise UserError(f"{out}: exists already vs a new folder. Choose another --out, or --resume it, or --force")
+    trainer = Trainer(config, clips, out, args.device, state)
+    if trainer.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if not state:
+            (out / "log.jsonl").write_text("")
+        print(f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} training "
+              f"clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} on {trainer.device}",
+              flush=True)  # fmt: skip
+    signalled = trainer.run()
+    if signalled and trainer.rank == 0:
+        print(f"{CLEAR}stopped after step {trainer.step}, saved. To go on: python talkingflow.py train --resume --out {out}")
+    elif trainer.rank == 0:
+        import evaluate
+
+        flow, _ = load_checkpoint(out / "checkpoint.pt", trainer.device)
+        figures = evaluate.measure(flow, clips)
+        write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
+        print(evaluate.report(figures))
+        plot_losses(out, figures)
+        print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
+    if trainer.world > 1:
+        torch.distributed.destroy_process_group()
+    return 128 + signalled if signalled else 0
+
+
+def default_data(args):
+    """data/synthetic, made on first use."""
+    folder = Path("data/synthetic" if args.preset == "demo" else "data/synthetic-80-mels")
+    if not (folder / "meta.json").is_file():
+        import prepare_data
+
+        print(f"{folder}: not there yet, making the synthetic talkers (python prepare_data.py synthetic)", flush=True)
+        prepare_data.synthetic(folder, n_mels=Config.preset(args.preset).cond_dim)
+    return folder
+
+
+def configure(args, clips):
+    """The preset, then what the data asks for, then the flags."""
+    wanted = {"dim": clips.dim, "cond_dim": clips.cond_dim} | clips.meta.get("defaults", {})
+    for name in ("dim", "cond_dim"):
+        if args.config.get(name, wanted[name]) != wanted[name]:
+            raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. Leave the flag out, or prepare the "
+                            f"data with other settings")  # fmt: skip
+    return dataclasses.replace(Config.preset(args.preset), **(wanted | args.config))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling: sound in, landmarks out
+
+
+class Talker:
+    """K faces that speak one sound, block by block: samples of the sound in, landmarks (K, n, D) out.
+
+    A face hears `lead` frames ahead, so its frames come that much later; `finish` returns the last of them. Each face draws its
+    own noise (seed, seed + 1, ...), so the number of faces does not change any of them.
+    """
+
+    def __init__(self, flow, data, sample_rate, faces=1, temperature=1.0, seed=0):
+        self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
+        self.lead, self.device = flow.config.lead, flow.cond_mean.device
+        self.streams = [flow.stream(1, temperature, torch.Generator().manual_seed(seed + i)) for i in range(faces)]
+        self.waiting, self.last = self.lead, None  # the first columns are only ever heard ahead
+
+    def speak(self, columns):
+        """Log-mel columns (n, M) -> landmarks (K, n', D), n' < n while the look-ahead fills."""
+        self.last = columns[-1:] if len(columns) else self.last
+        skip = min(self.waiting, len(columns))
+        self.waiting -= skip
+        c = torch.from_numpy(columns[skip:])[None].to(self.device)
+        return np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
+
+    def push(self, samples):
+        return self.speak(self.mel.push(samples))
+
+    def finish(self):
+        """The frames whose look-ahead lies beyond the end of the sound: its last column stands in."""
+        heard = self.mel.frame if self.last is not None else 0
+        missing = min(self.lead, heard)
+        self.waiting = 0
+        return self.speak(np.repeat(self.last, missing, 0)) if missing else np.zeros((len(self.streams), 0, 0), np.float32)
+
+
+def read_sound(path, seconds=20):
+    """Yield (mono float32 samples in -1..1, sample rate) of a sound file in blocks, however long it is."""
+    import soundfile  # what librosa reads with
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. Check --audio")
+    if path.suffix.lower() in VIDEO:
+        import prepare_data
+
+        samples, rate, _ = prepare_data.read_video_sound(path)
+        yield samples, rate
+        return
+    try:
+        with soundfile.SoundFile(path) as f:
+            for block in f.blocks(int(seconds * f.samplerate), dtype="float32", always_2d=True):
+                yield block.mean(1), f.samplerate
+    except soundfile.LibsndfileError:
+        import librosa
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield librosa.load(path, sr=None, mono=True)
+        except Exception as e:  # audioread has many backends, and most of them fail without a text
+            raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. Convert it: ffmpeg -i {path} out.wav")
+
+
+VIDEO = (".mp4", ".mpg", ".mpeg", ".mkv", ".avi", ".mov", ".webm")
+
+
+def speak_file(flow, data, path, faces, temperature, seed):
+    """Landmarks (K, T, D) for a sound file of any length, its samples (int16) and their rate; memory: the result and 20 s."""
+    talker, parts, sound, rate = None, [], [], None
+    for block, rate in read_sound(path):
+        if not np.isfinite(block).all():
+            raise UserError(f"{path}: NaN or Inf among the samples vs finite sound. Export it again")
+        if talker is None:
+            talker = Talker(flow, data, rate, faces, temperature, seed)
+            if rate / 2 < data["mel"]["fmax"]:
+                print(f"note: {path} has {rate} Hz, nothing above {rate // 2} Hz; the model has learned from up to "
+                      f"{data['mel']['fmax']:.0f} Hz", file=sys.stderr)  # fmt: skip
+        sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
+        if not talker.mel.level:
+            parts.append(talker.push(block))
+    sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
+    frames = len(sound) * data["fps"] // rate if rate else 0
+    if not frames:
+        raise UserError(f"{path}: {len(sound)} samples vs at least one frame of {1000 // data['fps']} ms. Use a longer sound")
+    if talker.mel.level:  # needs the whole sound before the first frame
+        columns = talker.mel.columns(sound / np.float32(32768))
+        talker.mel.frame = len(columns)
+        parts = [talker.speak(block) for block in np.array_split(columns, len(columns) // 512 + 1)]
+    parts.append(talker.finish().reshape(faces, -1, flow.config.dim))
+    return np.concatenate(parts, 1), sound, rate
+
+
+def held_out(data, name, faces):
+    """A held-out clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
+    clips = Clips(data["folder"])
+    if clips.meta["mel"] != data["mel"]:
+        raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. Prepare the data again as it was")
+    choices = [clip for clip in clips.clips if clip["name"] == name] if name else clips.split("test") or clips.split("val")
+    if not choices:
+        raise UserError(f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. See names in meta.json, or pass "
+                        f"--audio")  # fmt: skip
+    clip = choices[0]
+    rows = slice(clip["start"], clip["start"] + clip["frames"])
+    sound = clips.audio[clip["audio_start"] : clip["audio_start"] + clip["audio_samples"]]
+    return clip, clips.landmarks[rows], clips.mel[rows], np.array(sound), clips.meta["sample_rate"]
+
+
+def sample(args):
+    """`python talkingflow.py sample`: landmarks for a sound, written in the format of --out's suffix."""
+    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run() / "checkpoint.pt"
+    flow, state = load_checkpoint(checkpoint, choose_device(args.device))
+    data, faces = state["data"], args.num_samples
+    out = Path(args.out) if args.out else free_name(checkpoint.parent / "sample.html")
+    if out.suffix not in WRITERS:
+        raise UserError(f"{out}: suffix {out.suffix or 'missing'} vs {', '.join(WRITERS)}. Change --out")
+    if out.exists() and not args.force:
+        raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
+    truth, box = None, [0.0, 0.0, 512.0]
+    if args.audio:
+        name = Path(args.audio).name
+        x, sound, rate = speak_file(flow, data, args.audio, faces, args.temperature, args.seed)
+    else:
+        clip, truth, mel, sound, rate = held_out(data, args.clip, faces)
+        name, box, truth = clip["name"], clip["box"], truth.reshape(-1, 68, 2)
+        talker = Talker(flow, data, rate, faces, args.temperature, args.seed)
+        talker.mel.frame = len(mel)
+        x = np.concatenate([talker.speak(np.array(mel)), talker.finish().reshape(faces, -1, flow.config.dim)], 1)
+    if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
+        raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. Train longer, or lower "
+                        f"--temperature")  # fmt: skip
+    x = x.reshape(faces, -1, 68, 2).astype(np.float32)
+    info = {"fps": data["fps"], "layout": data["layout"], "seed": args.seed, "temperature": args.temperature, "audio": name,
+            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "box": box}  # fmt: skip
+    write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
+    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) for {name}")
+    return 0
+
+
+def free_name(path):
+    """path, or path with the first free number."""
+    names = [path] + [path.with_stem(f"{path.stem}-{i}") for i in range(2, 10000)]
+    return next(name for name in names if not name.exists())
+
+
+def stream(args):
+    """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as the sound arrives."""
+    flow, state = load_checkpoint(args.checkpoint or newest_run() / "checkpoint.pt", choose_device(args.device))
+    talker = Talker(flow, state["data"], args.rate, 1, args.temperature, args.seed)
+    frame, rest = 0, b""
+
+    def emit(x):
+        nonlocal frame
+        for points in x[0]:
+            line = {"frame": frame, "time": round(frame / state["data"]["fps"], 4), "landmarks": points.reshape(-1, 2).round(5).tolist()}
+            print(json.dumps(line), flush=True)
+            frame += 1
+
+    while piece := sys.stdin.buffer.read1(1 << 16):
+        piece = rest + piece
+        whole = len(piece) // 2 * 2
+        rest = piece[whole:]
+        emit(talker.push(np.frombuffer(piece[:whole], "<i2") / np.float32(32768)))
+    emit(talker.finish())
+    if not frame:
+        raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. Pipe in more")
+    return 0
+
+
 def mouth_opening(landmarks):
     """Inner-lip gap over inner-lip width of iBUG landmarks (..., 68, 2) -> (...): the paper's mouth open rate, as we read it."""
     gap = np.linalg.norm(landmarks[..., [61, 62, 63], :] - landmarks[..., [67, 66, 65], :], axis=-1).mean(-1)
     return gap / np.maximum(np.linalg.norm(landmarks[..., 60, :] - landmarks[..., 64, :], axis=-1), 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What sample writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info)
+
+# the lines of a face in the 68-point iBUG layout: (first, last, closed)
+CURVES = [(0, 16, 0), (17, 21, 0), (22, 26, 0), (27, 30, 0), (31, 35, 0), (36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]
+
+
+def write_npz(path, x, truth, sound, rate, info):
+    with open(path, "wb") as f:
+        np.savez(f, landmarks=x, **info)
+
+
+def write_npy(path, x, truth, sound, rate, info):
+    with open(path, "wb") as f:
+        np.save(f, x)
+
+
+def write_csv(path, x, truth, sound, rate, info):
+    """OpenFace's columns, in pixels of the clip's own frame, or of a 512-pixel square for a new sound; face_id is the sample."""
+    (x0, y0, side), points = info["box"], range(x.shape[2])
+    with open(path, "w") as f:
+        columns = ["frame", "face_id", "timestamp", "confidence", "success", *(f"x_{i}" for i in points), *(f"y_{i}" for i in points)]
+        f.write(", ".join(columns) + "\n")
+        for face, track in enumerate(x):
+            for i, frame in enumerate(track):
+                pixels = [f"{v:.3f}" for v in (x0 + side * frame[:, 0]).tolist() + (y0 + side * frame[:, 1]).tolist()]
+                f.write(", ".join([str(i + 1), str(face), f"{i / info['fps']:.4f}", "1.0", "1", *pixels]) + "\n")
+
+
+def frame_pictures(x, truth, size=240):
+    """Yield one PIL picture a frame: the truth, where known, and the samples side by side."""
+    from PIL import Image, ImageDraw
+
+    faces = ([truth] if truth is not None else []) + list(x)
+    low, high = np.min([f.min((0, 1)) for f in faces], 0), np.max([f.max((0, 1)) for f in faces], 0)
+    scale = size * 0.88 / (high - low).max()
+    origin = size / 2 - scale * (low + high) / 2
+    for t in range(x.shape[1]):
+        picture = Image.new("RGB", (size * len(faces), size), "#fbfaf7")
+        pen = ImageDraw.Draw(picture)
+        for i, face in enumerate(faces):
+            points = face[t] * scale + origin + [i * size, 0]
+            for first, last, closed in CURVES:
+                curve = [tuple(p) for p in points[[*range(first, last + 1), *[first] * closed]]]
+                pen.line(curve, fill=("#b3402a" if first >= 48 else "#8a8a8a" if truth is not None and i == 0 else "#22303c"), width=2)
+        yield picture
+
+
+def write_gif(path, x, truth, sound, rate, info):
+    pictures = [picture.quantize(16) for picture in frame_pictures(x, truth)]
+    pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / info["fps"]), loop=0)
+
+
+def wav_bytes(sound, rate):
+    """16-bit mono samples as the bytes of a .wav file."""
+    header = b"RIFF" + (36 + 2 * len(sound)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
+    header += b"".join(n.to_bytes(size, "little") for n, size in ((1, 2), (1, 2), (rate, 4), (2 * rate, 4), (2, 2), (16, 2)))
+    return header + b"data" + (2 * len(sound)).to_bytes(4, "little") + np.asarray(sound, "<i2").tobytes()
+
+
+def write_mp4(path, x, truth, sound, rate, info):
+    if not shutil.which("ffmpeg"):
+        raise UserError("ffmpeg: not found vs needed for .mp4. Install ffmpeg, or write .html (has sound) or .gif")
+    wav = path.with_suffix(".wav")
+    try:
+        wav.write_bytes(wav_bytes(sound, rate))
+        pictures = frame_pictures(x, truth, 480)
+        first = next(pictures)
+        command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "%dx%d" % first.size, "-r",
+                   str(info["fps"]), "-i", "-", "-i", str(wav), "-pix_fmt", "yuv420p", "-c:a", "aac", "-f", "mp4", str(path)]  # fmt: skip
+        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        for picture in (first, *pictures):
+            process.stdin.write(picture.tobytes())
+        process.stdin.close()
+        if process.wait():
+            raise UserError(f"ffmpeg: exit status {process.returncode} vs 0. See its message above")
+    finally:
+        wav.unlink(missing_ok=True)
+
+
+def write_html(path, x, truth, sound, rate, info):
+    """One self-contained page: faces, sound and controls; nothing is loaded from anywhere."""
+    faces = np.concatenate([truth[None], x]) if truth is not None else x
+    low, high = faces.min((0, 1, 2)), faces.max((0, 1, 2))
+    scaled = (faces - (low + high) / 2) / (high - low).max() * 60000  # int16 over a square that holds every face
+    names = ["recorded face"] * (truth is not None) + [f"sample {i + 1}" for i in range(len(x))]
+    page = {
+        "names": names, "fps": info["fps"], "frames": x.shape[1], "curves": CURVES, "truth": truth is not None,
+        "title": f"{info['audio']} at temperature {info['temperature']:g}", "seed": info["seed"],
+        "points": base64.b64encode(scaled.clip(-32767, 32767).astype("<i2").tobytes()).decode(),
+        "mouth": mouth_opening(faces).round(4).tolist(), "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
+        "wave": [round(float(np.abs(part).max()) / 32768, 3) if len(part) else 0 for part in np.array_split(sound.astype(np.int32), 600)],
+    }  # fmt: skip
+    player = (Path(__file__).parent / "assets" / "player.html").read_text()
+    path.write_text(player.replace("__PAGE__", json.dumps(page).replace("</", "<\\/")))
+
+
+WRITERS = {".html": write_html, ".npz": write_npz, ".csv": write_csv, ".npy": write_npy, ".gif": write_gif, ".mp4": write_mp4}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def add_config_flags(parser):
+    """A flag for every field of Config, its help the comment beside the field."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    group = parser.add_argument_group("the numbers of a run (default: the preset's)")
+    for field in dataclasses.fields(Config):
+        kind = type(field.default)
+        convert = {bool: truth_value, tuple: lambda text: tuple(float(v) if "." in v else int(v) for v in text.split(","))}.get(kind, kind)
+        flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        shown = ",".join(map(str, field.default)) if kind is tuple else field.default
+        group.add_argument(*sorted(flags, reverse=True), dest=f"config.{field.name}", type=convert, default=argparse.SUPPRESS,
+                           metavar=kind.__name__, help=f"{comments[field.name]} [demo: {shown}]".replace("%", "%%"))  # fmt: skip
+
+
+def truth_value(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
+def bounded(kind, low, high=math.inf):
+    """An argparse type: a finite number from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    voice = argparse.ArgumentParser(add_help=False)
+    voice.add_argument("--checkpoint", help="a run's checkpoint.pt [of the newest run]")
+    voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0, help="of the noise; 0: the central track [1]")
+
+    p = commands.add_parser("train", parents=[shared], help="train a flow", description="Train a flow on a prepared folder.")
+    p.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
+    p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
+    p.add_argument("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out [the newest one]")
+    p.add_argument("--force", action="store_true", help="overwrite the run in --out")
+    add_config_flags(p)
+    p.set_defaults(run=train)
+
+    p = commands.add_parser("sample", parents=[shared, voice], help="make faces speak a sound",
+                            description="Sample landmarks for a sound, or for a held-out clip of the training data.")  # fmt: skip
+    p.add_argument("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
+    p.add_argument("--clip", help="name of a clip in the training folder [the first held-out one]")
+    p.add_argument("--num-samples", type=bounded(int, 1, 64), default=3, help="faces, each with its own noise [3]")
+    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the first face; the next ones count up [0]")
+    p.add_argument("--out", help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the checkpoint]")
+    p.add_argument("--force", action="store_true", help="overwrite --out")
+    p.set_defaults(run=sample)
+
+    p = commands.add_parser("stream", parents=[shared, voice], help="speak live",
+                            description="Raw 16-bit mono PCM on stdin -> one JSON line a frame on stdout, as the sound arrives.")  # fmt: skip
+    p.add_argument("--rate", type=bounded(int, 4000, 384000), default=16000, help="sample rate of the PCM, Hz [16000]")
+    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
+    p.set_defaults(run=stream)
+    return parser
+
+
+def main(argv=None):
+    args = build_parser().parse_args(argv)
+    args.config = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
+    try:
+        return args.run(args)
+    except UserError as e:
+        if args.debug:
+            raise
+        print(f"{CLEAR}error: {e}.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.modules["talkingflow"] = sys.modules["__main__"]  # prepare_data.py and evaluate.py import this module, not a second copy
+    sys.exit(main())
