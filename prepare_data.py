@@ -1,23 +1,34 @@
 """Everything a user may have -> one training folder for talkingflow.py.
 
-    python prepare_data.py synthetic --out data/synthetic          # talkers made here, with the exact optimum known
+    python prepare_data.py synthetic --out data/synthetic     talkers invented here, with the best possible likelihood known
+    python prepare_data.py my/clips  --out data/mine          landmarks with sound, whole folders of them:
+                                                              NAME.npz, or NAME.wav with NAME.npy or an OpenFace NAME.csv
 
 What is written (plain files, no pickle; N = frames of all clips end to end, S = sound samples end to end):
 
-    landmarks.npy      float32 (N, 136)  x0 y0 x1 y1 ... of the 68 iBUG points, 0..1, y down
+    landmarks.npy      float32 (N, 136)  x0 y0 x1 y1 ... of the 68 iBUG points, 0..1 in the clip's face box, y down
     mel.npy            float32 (N, M)    one causal log-mel column a frame: frame t has heard the sound before (t+1)/fps only
     audio.npy          int16   (S,)      16 kHz mono
     articulation.npy   float32 (N, 4)    synthetic only: E[landmarks | sound] = mean_face + articulation @ modes
-    meta.json                            clips, splits, boxes, mel settings, sources, licences, fingerprint
+    meta.json                            clips, splits, boxes (x in pixels = box[0] + box[2] * x), mel settings, licences
+    report.csv                           what became of every source; journal.jsonl lets an interrupted run go on
 
-Reading order: the folder and its writer, the synthetic talkers (voice, face, exact likelihood), the command line.
+A .npz holds landmarks (frames, 68, 2) in pixels or 0..1, NaN where no face is, and as far as you have them pts (seconds)
+or fps, wh (frame size), audio with sr, source, licence, extractor.
+
+Reading order: the folder and its writer; the synthetic talkers (voice, face, exact likelihood); finding and reading
+sources; from a source to clips; the whole run; the command line.
 """
 import argparse
+import csv
 import hashlib
 import json
 import os
+import re
 import sys
 import time
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +58,10 @@ class GrowingArray:
         self.file.seek(0)
         np.lib.format.read_magic(self.file)
         np.lib.format.read_array_header_1_0(self.file)
-        self.row_bytes = self.dtype.itemsize * int(np.prod(self.shape))
-        self.file.truncate(self.file.tell() + rows * self.row_bytes)     # what an interrupted run left unfinished goes
+        size = self.file.tell() + rows * self.dtype.itemsize * int(np.prod(self.shape))
+        if os.path.getsize(path) < size and rows:
+            raise UserError(f"{path}: {os.path.getsize(path):,} bytes vs {size:,}. It is damaged: use --force to begin again")
+        self.file.truncate(size)                         # what an interrupted run left unfinished goes
         self.file.seek(0, os.SEEK_END)
 
     def write_header(self):
@@ -97,10 +110,12 @@ class FolderWriter:
         for array in self.arrays.values():
             array.file.flush()
 
-    def close(self, meta):
-        """Headers first, meta.json last and in one step: a folder with a meta.json is whole."""
+    def close_arrays(self):
         for array in self.arrays.values():
             array.close()
+
+    def close(self, meta):
+        """meta.json last and in one step: a folder with a meta.json is whole."""
         meta["fingerprint"] = fingerprint(meta)
         write_text(self.out / "meta.json", json.dumps(meta, indent=None, separators=(",", ":"), ensure_ascii=False))
 
@@ -460,10 +475,535 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
             progress(done)
         meta["optimum"][split] = float(np.mean(optima))
     meta["interocular"] = float(np.median(np.concatenate(widths)))
+    writer.close_arrays()
     writer.close(meta)
     minutes = sum(clip["frames"] for clip in meta["clips"]) / FPS / 60
     return f"{len(meta['clips'])} clips, {minutes:.1f} minutes, 0 skipped; the best possible NLL is " + ", ".join(
         f"{value:.4f} ({split})" for split, value in meta["optimum"].items()) + " nats per coordinate"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding the sources: every file once, by name; nothing is opened yet
+
+LANDMARKS = (".npz", ".npy", ".csv")                     # the first that is there counts
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+TAKE = 600.0                                             # seconds of a long source that are handled at a time
+CONTAINERS = {"video", "videos", "mpg", "mpg_vcd", "mpg_6000", "audio", "wav", "clips", "landmarks"}  # not people
+
+
+class Skip(Exception):
+    """A source that cannot be used: Skip(reason, detail). Reasons are counted, details go to the report."""
+
+
+def list_files(src, problems):
+    """Every file of a file or folder, sorted; training folders inside it are left alone."""
+    src = Path(src)
+    if not src.exists():
+        raise UserError(f"{src}: no such file or folder vs landmarks with sound. Check the path")
+    if src.is_file():
+        return [src]
+    found = []
+    for folder, folders, names in os.walk(src, onerror=lambda e: problems.append((e.filename, "unreadable folder"))):
+        if {"meta.json", "landmarks.npy"} <= set(names):
+            folders.clear()
+            continue
+        folders.sort()
+        found += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+    return found
+
+
+def speaker_of(path, root):
+    """The folder a file lies in (s1/bbaf2n -> s1); for files right in SRC their own name without a number (_003)."""
+    folders = [part for part in path.relative_to(root).parts[:-1] if part.lower() not in CONTAINERS]
+    if folders:
+        return folders[-1]
+    return root.name if re.fullmatch(r"s\d+", root.name) else re.sub(r"_\d+$", "", path.stem)
+
+
+def sound_beside(path, speaker, audio_dir):
+    """NAME.wav (flac, ogg, mp3) beside NAME.*, else in --audio-dir/SPEAKER or --audio-dir; None if there is none."""
+    places = [path.parent] + ([Path(audio_dir) / speaker, Path(audio_dir)] if audio_dir else [])
+    options = (place / (path.stem + suffix) for place in places for suffix in SOUNDS)
+    return next((p for p in options if p.is_file()), None)
+
+
+def find_sources(args):
+    """-> (tasks, problems): tasks are dicts name, path, sound, speaker, key; problems are (path, reason)."""
+    problems, tasks, lonely = [], [], []
+    for src in args.sources:
+        root = Path(src) if Path(src).is_dir() else Path(src).parent
+        for path in list_files(src, problems):
+            suffix, speaker = path.suffix.lower(), speaker_of(Path(os.path.abspath(path)), Path(os.path.abspath(root)))
+            first = next((s for s in LANDMARKS if path.with_suffix(s).is_file()), None)
+            if not path.is_file():
+                problems.append((path, "unreadable file"))                      # a link to nowhere
+            elif suffix in SOUNDS and not first:
+                lonely.append(path)
+            elif suffix in LANDMARKS and suffix == first:
+                name = path.relative_to(root).with_suffix("").as_posix()
+                tasks.append({"name": name, "path": str(path), "speaker": speaker,
+                              "sound": str(sound_beside(path, speaker, args.audio_dir) or "")})
+            elif Path(src).is_file():
+                raise UserError(f"{path}: {suffix or 'no suffix'} vs {' '.join(LANDMARKS)}. Give another file")
+    used = {task["sound"] for task in tasks}
+    problems += [(path, "sound without landmarks") for path in lonely if str(path) not in used]
+    if args.speakers:
+        known = sorted({task["speaker"] for task in tasks})
+        check_speakers("--speakers", args.speakers, known)
+        tasks = [task for task in tasks if task["speaker"] in args.speakers]
+    names = Counter(task["name"] for task in tasks)
+    for task in tasks:
+        if names[task["name"]] > 1:                      # the same name below two SRCs
+            task["name"] = Path(task["path"]).with_suffix("").as_posix()
+        stat = os.stat(task["path"])
+        task["key"] = f"{os.path.abspath(task['path'])} {stat.st_size} {stat.st_mtime_ns}"
+    if not tasks:
+        found = f"{len(problems)} files that cannot be used ({problems[0][1]}: {problems[0][0]})" if problems else "nothing"
+        raise UserError(f"{' '.join(args.sources)}: {found} vs NAME.npz with landmarks and sound, or NAME.wav with "
+                        f"NAME.npy or NAME.csv. Check the folder")
+    return sorted(tasks, key=lambda task: task["name"])[:args.limit], problems
+
+
+def check_speakers(flag, wanted, known):
+    missing = [speaker for speaker in wanted if speaker not in known]
+    if missing:
+        raise UserError(f"{flag}: {', '.join(missing)} vs {', '.join(known[:20])}. Name speakers that are there")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading ready-made landmarks: a take = points (F, 68, 2) in pixels, NaN where no face is; times (F,) in seconds;
+# wh; sound float32 (S,) at 16 kHz that begins at second `begin`
+
+
+def read_ready(task, options):
+    path = Path(task["path"])
+    take = {"source": task["name"], "licence": "not stated", "extractor": "not stated", "begin": 0.0, "wh": None}
+    try:
+        if path.suffix.lower() == ".npz":
+            points, times, sound = read_npz(path, take)
+        elif path.suffix.lower() == ".npy":
+            points, times, sound = np.load(path, mmap_mode="r", allow_pickle=False), None, None
+        else:
+            points, times, sound = *read_openface(path, take), None
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as e:
+        raise Skip("unreadable landmarks", f"{type(e).__name__}: {e}".split("\n")[0]) from None
+    points = check_points(points)
+    if sound is None:
+        if not task["sound"]:
+            raise Skip("landmarks without sound", f"no {path.stem}.wav beside it")
+        sound = read_sound(task["sound"])
+    if times is None:                                    # bare points: their rate is taken as --fps, if that can be
+        times, seconds = np.arange(len(points)) / options["fps"], len(sound) / SAMPLE_RATE
+        if abs(len(points) / options["fps"] - seconds) > max(0.2, 0.02 * seconds):
+            raise Skip("length of landmarks and sound differ", f"{len(points)} frames at --fps {options['fps']:g} = "
+                       f"{len(points) / options['fps']:.2f} s vs {seconds:.2f} s: another frame rate?")
+    return take | {"points": to_pixels(points, take), "times": np.asarray(times, float), "sound": sound}
+
+
+def read_npz(path, take):
+    """Our own clips: landmarks, and as far as they are there pts or fps, wh, audio and sr, source, licence, extractor."""
+    with np.load(path, allow_pickle=False) as z:
+        points, times, sound = z["landmarks"], None, None
+        take.update({key: str(z[key]) for key in ("source", "licence", "extractor") if key in z})
+        if "wh" in z:
+            take["wh"] = [int(v) for v in z["wh"]]
+        if "pts" in z:
+            times = z["pts"]
+        elif "fps" in z:
+            if not z["fps"] > 0:
+                raise Skip("frame rate", f"fps {z['fps']} vs more than 0")
+            times = np.arange(len(points)) / float(z["fps"])
+        if "audio" in z:
+            sound = z["audio"]
+            scale = 32768 if sound.dtype == np.int16 else 1
+            sound = clean_sound(sound.astype(np.float32) / scale, int(z["sr"]))
+    return points, times, sound
+
+
+def read_openface(path, take):
+    """OpenFace's csv: timestamp, success, x_0..x_67, y_0..y_67 in pixels; of several faces the one seen most often."""
+    with open(path, encoding="utf-8", errors="replace") as f:
+        names = [name.strip() for name in f.readline().split(",")]
+        column = {name: i for i, name in enumerate(names)}
+        if not {"timestamp", "x_0", "x_67", "y_67"} <= set(column):
+            raise Skip("unreadable landmarks", "no columns timestamp, x_0..x_67, y_0..y_67: not an OpenFace csv")
+        table = np.loadtxt(f, delimiter=",", ndmin=2)
+    if "face_id" in column and len(table):
+        ids, counts = np.unique(table[:, column["face_id"]], return_counts=True)
+        table = table[table[:, column["face_id"]] == ids[counts.argmax()]]
+    points = np.stack([table[:, [column[f"{axis}_{i}"] for i in range(68)]] for axis in "xy"], -1)
+    if "success" in column:
+        points[table[:, column["success"]] < 0.5] = np.nan
+    take["extractor"] = "OpenFace"
+    return points, table[:, column["timestamp"]]
+
+
+def check_points(points):
+    """Any array -> float64 (F, 68, 2), or the reason why not. y must point down: the mouth below the eyes."""
+    shape = points.shape
+    if points.dtype.kind not in "fiu" or points.ndim not in (2, 3) or shape[1:] not in ((68, 2), (136,)):
+        raise Skip("not 68 points", f"shape {shape} {points.dtype} vs (frames, 68, 2)")
+    points = np.array(points, float).reshape(-1, 68, 2)
+    points[~np.isfinite(points).all((1, 2))] = np.nan
+    found = points[np.isfinite(points[:, 0, 0])]
+    if not len(found):
+        raise Skip("no face found", f"none in {len(points)} frames")
+    mean = found.mean(0)
+    dx, dy = mean[48:].mean(0) - mean[36:48].mean(0)
+    if np.ptp(mean, axis=0).min() <= 0:
+        raise Skip("points coincide", "the face has no extent")
+    if dy <= abs(dx):
+        raise Skip("y points up", "the mouth lies above the eyes: turn the landmarks over (y = height - y)" if dy < 0 else
+                   "the mouth lies beside the eyes: x and y swapped, or a face on its side")
+    if len(found) > 5 and not np.ptp(found, axis=0).any():
+        raise Skip("landmarks do not move", f"{len(found)} equal frames")
+    return points
+
+
+def to_pixels(points, take):
+    """0..1 coordinates times the frame size (square if it is not known); larger ones are pixels already."""
+    if np.nanmax(np.abs(points)) > 4:
+        take["wh"] = take["wh"] or [int(v) + 1 for v in np.nanmax(points, axis=(0, 1))]
+        return points
+    take["wh"] = take["wh"] or [1, 1]
+    return points * take["wh"]
+
+
+def read_sound(path):
+    """Any file libsndfile knows -> float32 (S,) mono at 16 kHz."""
+    import soundfile  # comes with librosa
+    try:
+        sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, RuntimeError, EOFError) as e:
+        raise Skip("unreadable sound", f"{Path(path).name}: {e}") from None
+    return clean_sound(sound.mean(1), rate)
+
+
+def clean_sound(sound, rate):
+    """Refuse what is no speech, resample to 16 kHz."""
+    if not 8000 <= rate <= 192000:
+        raise Skip("sample rate", f"{rate} Hz vs 8,000 to 192,000")
+    if sound.ndim != 1 or not len(sound):
+        raise Skip("empty sound", f"{sound.shape} samples")
+    if not np.isfinite(sound).all():
+        raise Skip("NaN in the sound", f"first at sample {int(np.argmin(np.isfinite(sound)))}")
+    if rate != SAMPLE_RATE:
+        import librosa
+        sound = librosa.resample(sound, orig_sr=rate, target_sr=SAMPLE_RATE)
+    return sound / max(1.0, float(np.abs(sound).max()))              # louder than full scale: scaled, never wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a take to clips: cut where the face is lost or jumps, one frame rate, face box, the sound of the same time
+
+JUMP = 0.1                                               # interocular distances a frame: no head moves like this ...
+CALM = 3.0                                               # ... while it moves 3 times less just before and after
+
+
+def interocular(points):
+    """Distance of the outer eye corners, (..., 68, 2) -> (...)."""
+    return np.linalg.norm(points[..., 36, :] - points[..., 45, :], axis=-1)
+
+
+def pieces(points, times, step, max_gap):
+    """Indices of the found frames, cut at gaps of more than max_gap frames and at jumps: a list of index arrays.
+
+    A jump is a cut, a ghost or a flip to another face: the middle point moves more than JUMP interocular distances in
+    one frame (of 40 ms or less) and CALM times more than in the ten frames around it, which a fast head does not."""
+    index = np.flatnonzero(np.isfinite(points[:, 0, 0]))
+    if len(index) < 2:
+        return [index]
+    dt = np.diff(times[index])
+    move = np.median(np.linalg.norm(np.diff(points[index], axis=0), axis=-1), axis=-1)
+    move /= np.median(interocular(points[index])) * np.maximum(dt / 0.04, 1)
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(move, 5, mode="edge"), 11)
+    jump = (move > JUMP) & (move > CALM * np.median(around, axis=-1))
+    return np.split(index, np.flatnonzero(jump | (dt > (max_gap + 1.5) * step)) + 1)
+
+
+def make_clips(take, options):
+    """-> clips: dicts of arrays and numbers as the folder stores them, and why pieces were left out (reason -> count)."""
+    points, times = take["points"], take["times"]
+    if len(times) != len(points) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise Skip("frame times", f"{len(times)} times for {len(points)} frames, or not increasing")
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / options["fps"]
+    seconds = times[-1] - times[0] + step
+    missing = 1 - np.isfinite(points[:, 0, 0]).sum() / max(len(points), seconds / step)
+    if seconds <= 20 and missing > 0.1:                  # one utterance: what is damaged in part is not trusted at all
+        raise Skip("face missing in more than 10 % of the frames", f"{missing:.0%} of {seconds:.1f} s")
+    clips, left_out = [], Counter()
+    hear = Mel(**options["mel"], fps=options["fps"], sample_rate=SAMPLE_RATE)
+    for index in pieces(points, times, step, options["max_gap"]):
+        try:
+            if len(index) < 0.9 * (index[-1] - index[0] + 1):
+                raise Skip("face missing in more than 10 % of the frames")
+            clips += cut_piece(take, points[index], times[index], step, hear, options)
+        except Skip as e:
+            left_out[e.args] += 1
+    if not clips:
+        raise Skip(*left_out.most_common(1)[0][0])
+    return clips, {reason[0]: n for reason, n in left_out.items()}
+
+
+def cut_piece(take, points, times, step, hear, options):
+    """One unbroken piece: found frames (F, 68, 2) at `times` -> clips of at most options["piece"] seconds."""
+    fps, sound, begin = options["fps"], take["sound"], take["begin"]
+    if options["smooth"] and len(points) > 2:            # [1, 2, 1] / 4: zero-phase
+        points = np.concatenate([points[:1], (points[:-2] + 2 * points[1:-1] + points[2:]) / 4, points[-1:]])
+    start = times[min(np.searchsorted(times, begin - 1e-3), len(times) - 1)]     # the first frame that has sound
+    heard = min(times[-1] + step, begin + len(sound) / SAMPLE_RATE) - start
+    T = int(heard * fps + 1e-6)
+    if heard < (times[-1] + step - times[0]) / 2:
+        raise Skip("sound much shorter than the picture", f"{max(heard, 0):.2f} s vs {times[-1] + step - times[0]:.2f} s")
+    if T < max(1, options["min_seconds"] * fps):
+        raise Skip("too short", f"{max(T, 0)} frames = {max(heard, 0):.2f} s vs --min-seconds {options['min_seconds']:g}")
+    at = start + np.arange(T) / fps
+    flat = points.reshape(len(points), 136)
+    track = np.stack([np.interp(at, times, column) for column in flat.T], 1).reshape(T, 68, 2)
+    clips, parts = [], -(-T // int(options["piece"] * fps)) if options["piece"] else 1
+    for rows in np.array_split(np.arange(T), parts):
+        first = max(0, round((at[rows[0]] - begin) * SAMPLE_RATE))
+        count = int(np.ceil(len(rows) * SAMPLE_RATE / fps - 1e-6))
+        part = np.round(sound[first:first + count] * 32768).clip(-32768, 32767).astype(np.int16)
+        if part.std() < 6:                               # of 32,768
+            continue
+        part = np.pad(part, (0, count - len(part)))
+        mel = hear.columns(part / 32768)[:len(rows)]
+        mean = track[rows].mean(0)
+        side = 1.5 * np.ptp(mean, axis=0).max()
+        corner = (mean.max(0) + mean.min(0)) / 2 - side / 2
+        clips.append({"landmarks": ((track[rows] - corner) / side).reshape(-1, 136).astype(np.float32), "mel": mel,
+                      "audio": part, "box": [*corner.tolist(), float(side)], "wh": take["wh"], "time": float(at[rows[0]]),
+                      "source": {key: take[key] for key in ("source", "licence", "extractor")}})
+    if not clips:
+        raise Skip("silence", f"{heard:.2f} s")
+    return clips
+
+
+def work(task, options):
+    """One source in, its clips out, whatever is wrong with it: {"clips", "reason", "detail", "left_out", "frames", ...}."""
+    result = {"clips": [], "reason": "", "detail": "", "left_out": {}, "frames": 0, "missing": 0}
+    try:
+        take = read_ready(task, options)
+        found = np.isfinite(take["points"][:, 0, 0])
+        result |= {"frames": len(found), "missing": int((~found).sum())}
+        result["clips"], result["left_out"] = make_clips(take, options)
+    except Skip as e:
+        result["reason"], result["detail"] = (*e.args, "")[:2]
+    except Exception as e:                               # no single file may end a run of thirty thousand
+        if options["debug"]:
+            raise
+        result["reason"], result["detail"] = "unexpected error", f"{type(e).__name__}: {e}".split("\n")[0]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole run: sources -> arrays and a journal, so that an interrupted run goes on; then splits, facts, meta.json
+
+
+class Journal:
+    """journal.jsonl: the settings, then one line a source once its arrays are written, with the rows they reach."""
+
+    def __init__(self, out, settings, force):
+        self.path = Path(out) / "journal.jsonl"
+        self.done, self.rows, self.seen = {}, {}, {}
+        if self.path.is_file() and not force:
+            whole = self.path.read_bytes().rpartition(b"\n")[0] + b"\n"         # a kill may have torn the last line
+            first, *entries = [json.loads(line) for line in whole.decode().splitlines()] or [{}]
+            self.compare(first, settings)
+            settings["piece"] = first["piece"]           # chosen by the number of sources when the folder was begun
+            for entry in entries:
+                self.done[entry["key"]], self.rows = entry, entry["rows"]
+                self.seen |= {clip["sha256"]: clip["name"] for clip in entry["clips"]}
+            os.truncate(self.path, len(whole))
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open until the run ends)
+            if self.done:
+                print(f"{out}: {len(self.done):,} sources are done, going on")
+        else:
+            new_folder(out, force)
+            self.file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115
+            self.write(settings)
+
+    def compare(self, old, new):
+        for key in new:
+            if key != "piece" and old.get(key) != new[key]:
+                raise UserError(f"--out: {self.path.parent} was made with {key} {old.get(key)} vs {new[key]} now. "
+                                f"Use --force to replace it, or another --out")
+
+    def write(self, entry):
+        self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+def prepare(args):
+    """Landmarks with sound -> a training folder. Prints the facts, returns the last line."""
+    tasks, problems = find_sources(args)
+    if args.test_speakers:
+        check_speakers("--test-speakers", args.test_speakers, sorted({task["speaker"] for task in tasks}))
+    mel = {"n_mels": args.n_mels, "fmin": args.fmin, "fmax": args.fmax, "window": 0.064, "level": args.level}
+    options = {"format": 1, "sources": [os.path.abspath(src) for src in args.sources], "fps": args.fps, "mel": mel,
+               "max_gap": args.max_gap, "min_seconds": args.min_seconds, "smooth": args.smooth,
+               "piece": 20 if len(tasks) < 10 else 0}
+    journal = Journal(args.out, options, args.force)
+    writer = FolderWriter(args.out, args.n_mels, rows=journal.rows)
+    todo = [task for task in tasks if task["key"] not in journal.done]
+    progress, seconds = Progress("sources", len(todo)), 0.0
+    try:
+        for i, task in enumerate(todo):
+            entry = store(task, work(task, options | {"debug": args.debug}), journal, writer)
+            journal.done[task["key"]] = entry
+            seconds += sum(clip["frames"] for clip in entry["clips"]) / args.fps
+            progress(i + 1, f" ({seconds / 60:.1f} minutes of clips)")
+    except OSError as e:
+        raise UserError(f"--out: {args.out} cannot be written ({e.strerror}) vs room for more. Free some space and run "
+                        f"the same command again: it goes on after {len(journal.done)} sources") from None
+    except KeyboardInterrupt:
+        print(f"\nstopped after {len(journal.done):,} of {len(tasks):,} sources. The same command goes on from there")
+        raise
+    return finish(args, mel, [journal.done[task["key"]] for task in tasks], problems, writer)
+
+
+def store(task, result, journal, writer):
+    """Append a source's clips to the arrays, then say so in the journal. A clip that is there already is left out."""
+    entry = {key: task[key] for key in ("key", "name", "path", "speaker")}
+    entry |= {key: result[key] for key in ("reason", "detail", "left_out", "frames", "missing")} | {"clips": []}
+    for clip in result["clips"]:
+        arrays = {name: clip.pop(name) for name in ("landmarks", "mel", "audio")}
+        digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays.values())).hexdigest()
+        if digest in journal.seen:
+            entry["left_out"]["duplicate"] = entry["left_out"].get("duplicate", 0) + 1
+            entry["detail"] = f"same as {journal.seen[digest]}"
+            continue
+        name = task["name"] if len(result["clips"]) == 1 else f"{task['name']}@{clip['time']:07.2f}"
+        journal.seen[digest] = name
+        entry["clips"].append({"name": name, "speaker": task["speaker"], **writer.append(**arrays), **clip})
+    if not entry["clips"] and not entry["reason"]:
+        entry["reason"] = "duplicate"
+    writer.flush()
+    journal.write(entry | {"rows": writer.rows()})
+    return entry
+
+
+def assign_splits(entries, test_speakers):
+    """Sets clip["split"]. Whole sources are held out (10 % val, 10 % test, ranked by a hash of their names, so the order
+    of files does not matter); of fewer than 10 sources the last pieces; --test-speakers are the test set if given."""
+    entries = [entry for entry in entries if entry["clips"]]
+    units = [[clip for clip in entry["clips"]] for entry in entries]
+    if len(entries) < 10:
+        units = [[clip] for entry in entries for clip in entry["clips"]]
+    position = {id(clip): (i + 1) / len(entry["clips"]) for entry in entries for i, clip in enumerate(entry["clips"])}
+
+    def rank(unit):                                      # the largest are held out
+        late = position[id(unit[0])] if len(entries) < 10 else 0
+        return late, hashlib.sha256(unit[0]["name"].encode()).hexdigest()
+
+    rest = sorted((unit for unit in units if unit[0]["speaker"] not in test_speakers), key=rank)
+    n = max(1, round(len(rest) / 10)) if len(rest) >= 3 else 0
+    held = {"test": [unit for unit in units if unit[0]["speaker"] in test_speakers]}
+    if not test_speakers:
+        held["test"], rest = rest[len(rest) - n:], rest[:len(rest) - n]
+    held["val"], held["train"] = rest[len(rest) - n:], rest[:len(rest) - n]
+    for split, units in held.items():
+        for clip in (clip for unit in units for clip in unit):
+            clip["split"] = split
+
+
+def finish(args, mel, entries, problems, writer):
+    """Splits, report.csv, the facts and meta.json."""
+    out = Path(args.out)
+    reasons = Counter(entry["reason"] for entry in entries if entry["reason"]) + Counter(r for _, r in problems)
+    with open(out / "report.csv", "w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f)
+        table.writerow(["source", "clips", "seconds", "frames", "missing", "reason", "detail", "pieces left out"])
+        for entry in entries:
+            seconds = sum(clip["frames"] for clip in entry["clips"]) / args.fps
+            left_out = "; ".join(f"{reason}: {n}" for reason, n in entry["left_out"].items())
+            table.writerow([entry["path"], len(entry["clips"]), f"{seconds:.2f}", entry["frames"], entry["missing"],
+                            entry["reason"], entry["detail"], left_out])
+        table.writerows([path, 0, "0", 0, 0, reason, "", ""] for path, reason in problems)
+    clips = [clip for entry in entries for clip in entry["clips"]]
+    skipped = f"{sum(reasons.values())} skipped" + (f" ({', '.join(f'{r}: {n}' for r, n in reasons.most_common())})"
+                                                    if reasons else "")
+    if not clips:
+        for name in ("landmarks.npy", "mel.npy", "audio.npy", "journal.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        detail = next((f"{entry['path']}: {entry['detail']}" for entry in entries if entry["detail"]), "")
+        raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. "
+                        f"{detail or 'See the report'} (all of them: {out / 'report.csv'})")
+    assign_splits(entries, args.test_speakers)
+    sources, meta_clips = {}, []
+    for clip in clips:
+        index = sources.setdefault(json.dumps(clip["source"], sort_keys=True), len(sources))
+        meta_clips.append({**clip, "source": index})
+    meta = {"format": 1, "fps": args.fps, "layout": "ibug68",
+            "normalisation": "face box", "mel": mel, "sample_rate": SAMPLE_RATE,
+            "defaults": {"lead": 2, "noise": 0.0022}, "skipped": dict(reasons), "clips": meta_clips,
+            "sources": [json.loads(source) for source in sources]}
+    writer.close_arrays()
+    facts(out, meta, entries)
+    writer.close(meta)
+    minutes = sum(clip["frames"] for clip in clips) / args.fps / 60
+    return f"{len(clips)} clips, {minutes:.1f} minutes, {skipped}"
+
+
+def facts(out, meta, entries):
+    """Measure the finished arrays, at most 1,000 clips of them, print it, and set meta["interocular"]."""
+    clips, fps = meta["clips"], meta["fps"]
+    landmarks, audio = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("landmarks", "audio"))
+    widths, jitter, own, other, moved, energy = [], [], [], [], np.zeros(136, bool), None
+    for clip in clips[::-(-len(clips) // 1000)]:
+        x = np.array(landmarks[clip["start"]:clip["start"] + clip["frames"]]).reshape(-1, 68, 2)
+        sound = audio[clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]].astype(np.float32) / 32768
+        moved |= (x != x[0]).reshape(-1, 136).any(0)
+        width = np.median(interocular(x))
+        if clip["split"] == "train":
+            widths.append(np.median(np.abs(x[:, 45, 0] - x[:, 36, 0])))
+        if len(x) > 2:
+            jitter.append(np.median(np.linalg.norm(x[1:-1] - (x[:-2] + x[2:]) / 2, axis=-1)) / width)
+        before, energy = energy, loudness(sound, len(x), fps)
+        opening = np.linalg.norm(x[:, 62] - x[:, 66], axis=-1) / width
+        own.append([lagged(opening, energy, lag) for lag in range(-3, 4)])
+        other.append(np.nan if before is None else lagged(opening, before, 0))
+    meta["interocular"] = float(np.median(widths))
+    frames, missing = (sum(entry[key] for entry in entries) for key in ("frames", "missing"))
+    print(f"{len({clip['speaker'] for clip in clips})} speakers; " + ", ".join(
+        f"{sum(clip['split'] == split for clip in clips)} {split}" for split in SPLITS) +
+        f" clips; {missing:,} of {frames:,} frames without a face; "
+        f"jitter {100 * np.median(jitter or [np.nan]):.2f} % of the interocular distance")
+    correlation = np.nanmean(np.array(own), axis=0) if np.isfinite(own).any() else np.full(7, np.nan)
+    chance = np.nanmean(other) if np.isfinite(other).any() else np.nan
+    print("mouth opening against loudness, sound taken as late by -3..3 frames: " +
+          " ".join(f"{r:.2f}" for r in correlation) + f" (with another clip's sound {chance:.2f})")
+    for warning in warnings_about(correlation, chance, moved, clips):
+        print(f"warning: {warning}")
+
+
+def loudness(sound, T, fps):
+    """Log energy of each frame's own sound, (T,)."""
+    edges = np.minimum((np.arange(T + 1) * SAMPLE_RATE / fps).astype(int), len(sound))
+    total = np.concatenate([[0], np.cumsum(sound.astype(float) ** 2)])[edges]
+    return np.log(np.diff(total) / np.maximum(np.diff(edges), 1) + 1e-8)
+
+
+def lagged(opening, energy, lag):
+    """Correlation of opening at t with the energy at t + lag; NaN when there is nothing to correlate."""
+    n = min(len(opening), len(energy))
+    t = np.arange(max(0, -lag), n - max(0, lag))
+    if len(t) < 10 or not np.ptp(opening[t]) or not np.ptp(energy[t + lag]):
+        return np.nan
+    return float(np.corrcoef(opening[t], energy[t + lag])[0, 1])
+
+
+def warnings_about(correlation, chance, moved, clips):
+    best = int(np.nanargmax(correlation)) - 3 if np.isfinite(correlation).any() else 0
+    if np.nanmax(correlation, initial=-1) < max(0.15, (chance if np.isfinite(chance) else 0) + 0.05):
+        yield "the mouths do not follow this sound: is it the right sound for these faces?"
+    elif abs(best) >= 2:
+        yield f"the sound seems {abs(best)} frames {'late' if best > 0 else 'early'}"
+    if not moved.all():
+        yield f"{(~moved).sum()} coordinates never change, the first is {'xy'[int((~moved).argmax()) % 2]}_{int((~moved).argmax()) // 2}"
+    if not all(any(clip["split"] == split for clip in clips) for split in ("train", "val")):
+        yield f"{len(clips)} clips are too few to hold some out: training needs 3 or more"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,9 +1012,20 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("sources", nargs="+", metavar="SRC", help='the word "synthetic"')
-    p.add_argument("--out", required=True, help="the training folder to write")
+    p.add_argument("sources", nargs="+", metavar="SRC", help="files or folders with landmarks and sound: NAME.npz, or "
+                   'NAME.wav with NAME.npy or an OpenFace NAME.csv; or the word "synthetic"')
+    p.add_argument("--out", required=True, help="the training folder to write; the same command again goes on")
     p.add_argument("--force", action="store_true", help="replace a training folder that is already there")
+    p.add_argument("--fps", type=frame_rate, default=25, help="frame rate of the folder (default %(default)g), and of .npy "
+                   "landmarks, which have no frame times")
+    p.add_argument("--audio-dir", metavar="DIR", help="where NAME.wav or SPEAKER/NAME.wav lies if not beside NAME")
+    p.add_argument("--speakers", type=names, default=[], metavar="A,B", help="only these (a speaker is a folder)")
+    p.add_argument("--test-speakers", type=names, default=[], metavar="A,B", help="these are the test set, and only it")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N sources")
+    p.add_argument("--min-seconds", type=float, default=1.0, metavar="S", help="leave out shorter clips (default 1)")
+    p.add_argument("--max-gap", type=int, default=5, metavar="N", help="cut where the face is lost for more than N "
+                   "frames, interpolate where for fewer (default 5)")
+    p.add_argument("--smooth", action="store_true", help="smooth the landmarks by [1, 2, 1] / 4 (zero-phase)")
     p.add_argument("--n-mels", type=int, default=40, help="mel bands (default %(default)s)")
     p.add_argument("--fmin", type=float, default=0.0, help="lowest frequency of the mel bands, Hz")
     p.add_argument("--fmax", type=float, default=8000.0, help="highest frequency of the mel bands, Hz")
@@ -486,13 +1037,28 @@ def parser():
     return p
 
 
+def frame_rate(text):
+    return int(float(text)) if float(text).is_integer() else float(text)
+
+
+def names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def check(args):
     """Impossible values of flags, before any work."""
     rules = [("--n-mels", args.n_mels, 1 <= args.n_mels <= 256, "1 to 256"),
              ("--fmin", args.fmin, 0 <= args.fmin < args.fmax, "0 or more and below --fmax"),
              ("--fmax", args.fmax, args.fmax <= SAMPLE_RATE / 2, f"at most {SAMPLE_RATE // 2}"),
+             ("--fps", args.fps, 5 <= args.fps <= 120, "5 to 120"),
+             ("--limit", args.limit, args.limit is None or args.limit >= 1, "1 or more"),
+             ("--min-seconds", args.min_seconds, 0 <= args.min_seconds < 1e6, "0 or more"),
+             ("--max-gap", args.max_gap, args.max_gap >= 0, "0 or more"),
+             ("--audio-dir", args.audio_dir, not args.audio_dir or Path(args.audio_dir).is_dir(), "a folder"),
              ("--clips", args.clips, args.clips >= 1, "1 or more"),
              ("--seed", args.seed, args.seed >= 0, "0 or more")]
+    if args.sources == ["synthetic"]:
+        rules.append(("--fps", args.fps, args.fps == FPS, f"{FPS} for the synthetic talkers"))
     for flag, value, fine, wanted in rules:
         if not fine:
             raise UserError(f"{flag}: {value} vs {wanted}. Give another value")
@@ -502,14 +1068,16 @@ def main(argv=None):
     args = parser().parse_args(argv)
     try:
         check(args)
-        print(synthetic(args.out, args.clips, args.seed, args.n_mels, args.fmin, args.fmax, args.level, args.force))
+        if args.sources == ["synthetic"]:
+            print(synthetic(args.out, args.clips, args.seed, args.n_mels, args.fmin, args.fmax, args.level, args.force))
+        else:
+            print(prepare(args))
     except UserError as e:
         if args.debug:
             raise
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,7 @@
 """prepare_data.py: what it promises of the folder it writes and of the talkers it invents."""
+import contextlib
+import functools
+import io
 import json
 import subprocess
 import sys
@@ -13,11 +16,11 @@ import prepare_data
 
 
 def prepare(*args, rc=0):
-    """Run the command as a user does; returns (stdout, stderr)."""
-    run = subprocess.run([sys.executable, ROOT / "prepare_data.py", *map(str, args)], capture_output=True, text=True,
-                         check=False)
-    assert run.returncode == rc, run.stdout + run.stderr
-    return run.stdout, run.stderr
+    """Run the command line in this process; returns (stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert prepare_data.main([str(arg) for arg in args]) == rc, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def load(folder):
@@ -107,3 +110,335 @@ def test_an_existing_folder_is_kept_unless_forced(talkers):
     _, err = prepare("synthetic", "--out", talkers, "--clips", 8, rc=1)
     assert err.startswith("error: --out:") and err.count("\n") == 1 and "--force" in err
     assert (talkers / "meta.json").read_bytes() == before
+
+
+# --- ready-made landmarks
+
+
+@functools.lru_cache
+def speech(seconds=3.0, seed=0, fps=25):
+    """A synthetic talker as a file would hold it: points (F, 68, 2) in pixels, times (F,), int16 sound."""
+    rng = np.random.default_rng(seed)
+    phones = prepare_data.say(1, int(seconds * 25), rng)
+    points = prepare_data.Talker().draw(prepare_data.articulate(phones), rng)[0].reshape(-1, 68, 2) * 200 + 100
+    sound = np.round(prepare_data.speak(phones, rng)[0] * 32767).astype(np.int16)
+    times = np.arange(int(seconds * fps)) / fps
+    at = np.arange(len(points)) / 25
+    points = np.stack([np.interp(times, at, column) for column in points.reshape(-1, 136).T], 1).reshape(-1, 68, 2)
+    return points, times, sound
+
+
+def write_clip(path, seed=0, **changes):
+    points, times, sound = speech(seed=seed)
+    arrays = {"landmarks": points.astype(np.float32), "pts": times, "wh": np.array([400, 400]), "audio": sound, "sr": 16000}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
+
+
+def write_wav(path, sound, rate=16000):
+    import soundfile
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, sound, rate)
+
+
+def write_openface(path, points, times):
+    columns = ["frame", " face_id", " timestamp", " confidence", " success"]
+    columns += [f" {axis}_{i}" for axis in "xy" for i in range(68)]
+    rows = [[i + 1, 0, t, 0.98, 1, *p[:, 0], *p[:, 1]] for i, (t, p) in enumerate(zip(times, points))]
+    np.savetxt(path, rows, "%.4f", delimiter=", ", header=",".join(columns), comments="")
+
+
+def reason_of(folder, tmp_path, **kwargs):
+    """Prepare one bad source beside three good ones: the reason it was skipped for."""
+    for i in range(3):
+        write_clip(folder / f"good{i}.npz", seed=i + 10)
+    args = prepare_data.parser().parse_args([str(folder), "--out", str(tmp_path / "out")])
+    last = prepare_data.prepare(args)
+    assert last.startswith("3 clips") and "1 skipped" in last, last
+    return last.split("(")[-1]
+
+
+def test_openface_csv_bare_npy_and_npz_give_the_same_clip(tmp_path):
+    points, times, sound = speech()
+    for kind in ("npz", "npy", "csv"):
+        (tmp_path / kind).mkdir()
+        write_wav(tmp_path / kind / "a.wav", sound)
+    np.savez(tmp_path / "npz/a.npz", landmarks=points, pts=times)
+    np.save(tmp_path / "npy/a.npy", points.reshape(-1, 136))
+    write_openface(tmp_path / "csv/a.csv", points, times)
+    result = {}
+    for kind in ("npz", "npy", "csv"):
+        prepare_data.main([str(tmp_path / kind), "--out", str(tmp_path / f"{kind}.out")])
+        meta, arrays = load(tmp_path / f"{kind}.out")
+        result[kind] = np.array(arrays["landmarks"]), np.array(arrays["audio"]), meta["clips"][0]
+    for kind in ("npy", "csv"):
+        assert np.abs(result[kind][0] - result["npz"][0]).max() < 1e-5
+        assert np.array_equal(result[kind][1], result["npz"][1])
+    assert result["npz"][2]["frames"] == 75 and result["npz"][2]["audio_samples"] == 48000
+
+
+def test_clip_box_maps_landmarks_back_to_pixels_of_a_frame_that_is_not_square(tmp_path):
+    points, times, _ = speech()
+    wh = np.array([640, 360])
+    write_clip(tmp_path / "in/a.npz", landmarks=points / wh, wh=wh)
+    prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    meta, arrays = load(tmp_path / "out")
+    clip = meta["clips"][0]
+    x = arrays["landmarks"].reshape(-1, 68, 2)
+    assert np.abs(x * clip["box"][2] + clip["box"][:2] - points).max() < 1e-3 and clip["wh"] == [640, 360]
+    extent = np.ptp(x.mean(0), axis=0)
+    assert abs(extent.max() - 1 / 1.5) < 1e-6 and np.abs((x.mean(0).max(0) + x.mean(0).min(0)) / 2 - 0.5).max() < 1e-6
+
+
+@pytest.mark.parametrize("fps", [11.94, 24, 29.97, 60])
+def test_landmarks_are_resampled_through_their_frame_times(tmp_path, fps):
+    points, times, _ = speech(6, fps=fps)
+    jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(times)) / fps       # variable frame rate
+    times = np.sort(times + jitter - jitter[0])
+    ramp = points[:1] + times[:, None, None] * [3.0, 2.0]                         # a motion that is linear in time
+    sound = speech(6)[2]
+    write_clip(tmp_path / "in/a.npz", landmarks=ramp, pts=times, audio=sound)
+    prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    meta, arrays = load(tmp_path / "out")
+    clip = meta["clips"][0]
+    x = arrays["landmarks"].reshape(-1, 68, 2) * clip["box"][2] + clip["box"][:2]
+    t = clip["time"] + np.arange(len(x)) / 25
+    inside = t <= times[-1]
+    assert inside.sum() >= 145 and np.abs(x - ramp[0] - t[:, None, None] * [3.0, 2.0])[inside].max() < 1e-3
+    assert np.array_equal(arrays["audio"], sound[round(clip["time"] * 16000):][:clip["audio_samples"]])
+
+
+def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
+    points, times, sound = speech(30)
+    points = points.copy()
+    points[100:120] = np.nan                             # a gap
+    points[300:303] = np.nan                             # a short one: interpolated
+    points[500:] += 60                                   # a cut
+    fast = np.clip(np.arange(750) - 600, 0, 8)[:, None, None] * [25.0, 0]        # .3 interocular a frame, for 8 frames
+    found = prepare_data.pieces(points + fast, times, 0.04, 5)
+    assert [(i[0], i[-1]) for i in found] == [(0, 99), (120, 499), (500, 749)]
+    take = {"points": points, "times": times, "wh": [900, 900], "begin": 0.0, "source": "a", "licence": "b",
+            "extractor": "c", "sound": sound / 32768}
+    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
+    clips, left_out = prepare_data.make_clips(take, options)
+    assert [round(c["time"], 2) for c in clips] == [0, 4.8, 20] and not left_out
+    assert [len(c["landmarks"]) for c in clips] == [100, 380, 250] and np.isfinite(clips[1]["landmarks"]).all()
+
+
+def test_sound_that_starts_late_is_aligned_to_the_frames():
+    points, times, sound = speech(4)
+    take = {"points": points, "times": times + 0.033, "wh": [900, 900], "begin": 0.5, "source": "a", "licence": "b",
+            "extractor": "c", "sound": sound[8000:] / 32768}                     # times of the file: sound from 0.5 s on
+    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
+    clip = prepare_data.make_clips(take, options)[0][0]
+    assert abs(clip["time"] - 0.513) < 1e-9                                      # the first frame that has sound
+    assert np.array_equal(clip["audio"], sound[round(0.513 * 16000):][:len(clip["audio"])])
+
+
+BAD = {
+    "not 68 points": {"landmarks": np.zeros((75, 106, 2))},
+    "no face found": {"landmarks": np.full((75, 68, 2), np.nan)},
+    "points coincide": {"landmarks": np.ones((75, 68, 2))},
+    "y points up": {"landmarks": 1 - speech(seed=5)[0] / 400},
+    "landmarks do not move": {"landmarks": np.repeat(speech()[0][:1], 75, 0)},
+    "face missing in more than 10 % of the frames": {"landmarks": np.where(np.arange(75)[:, None, None] < 12, np.nan,
+                                                                           speech()[0])},
+    "frame times": {"pts": np.zeros(75)},
+    "frame rate": {"pts": None, "fps": 0.0},
+    "silence": {"audio": np.zeros(48000, np.int16)},
+    "empty sound": {"audio": np.zeros(0, np.int16)},
+    "sample rate": {"sr": 100},
+    "NaN in the sound": {"audio": np.full(48000, np.nan, np.float32)},
+    "sound much shorter than the picture": {"audio": speech()[2][:16000]},
+    "too short": {"landmarks": speech()[0][:1], "pts": np.zeros(1)},
+    "unreadable landmarks": {"landmarks": np.array([{}], object)},
+    "landmarks without sound": {"audio": None},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_clip_is_skipped_and_counted_by_its_reason(tmp_path, reason):
+    write_clip(tmp_path / "in/bad.npz", **BAD[reason])
+    assert reason_of(tmp_path / "in", tmp_path) == f"{reason}: 1)"
+    report = (tmp_path / "out/report.csv").read_text()
+    assert "bad.npz,0,0.00" in report and reason in report
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("bad.npz", b"", "unreadable landmarks"), ("bad.npz", b"version https://git-lfs", "unreadable landmarks"),
+    ("bad.npy", b"\x93NUMPY\x01\x00", "unreadable landmarks"), ("bad.csv", b"a,b\n1,2\n", "unreadable landmarks"),
+    ("bad.wav", b"RIFF", "sound without landmarks")])
+def test_a_broken_file_is_skipped_and_counted(tmp_path, name, content, reason):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    assert reason_of(tmp_path / "in", tmp_path) == f"{reason}: 1)"
+
+
+def test_a_broken_wav_and_a_wrong_frame_rate_are_named(tmp_path):
+    points, _, sound = speech()
+    for name, data in (("zero", b""), ("text", b"hello"), ("short", None)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        np.save(tmp_path / f"in/{name}.npy", points[:30] if data is None else points)
+        (tmp_path / f"in/{name}.wav").write_bytes(data or b"")
+    write_wav(tmp_path / "in/short.wav", sound)
+    _, err = prepare(tmp_path / "in", "--out", tmp_path / "out", rc=1)
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "unreadable sound: 2" in err and "length of landmarks and sound differ: 1" in err
+
+
+def test_stereo_and_8_khz_and_too_loud_sound_is_taken(tmp_path):
+    import librosa
+    points, _, sound = speech()
+    (tmp_path / "in").mkdir()
+    low = librosa.resample(sound.astype(np.float32) / 32768, orig_sr=16000, target_sr=8000)
+    for name, s, rate in (("stereo", np.stack([sound, sound], 1), 16000), ("low", low, 8000), ("plain", sound, 16000)):
+        np.save(tmp_path / f"in/{name}.npy", points * [1, 1 + len(name) / 100])   # else one would be a duplicate
+        write_wav(tmp_path / f"in/{name}.wav", s, rate)
+    write_clip(tmp_path / "in/loud.npz", audio=sound.astype(np.float32) * 5 / 32768, seed=3)
+    prepare(tmp_path / "in", "--out", tmp_path / "out")
+    meta, arrays = load(tmp_path / "out")
+    clips = {c["name"]: arrays["audio"][c["audio_start"]:][:c["audio_samples"]].astype(float) for c in meta["clips"]}
+    assert np.abs(clips["stereo"] - clips["plain"]).max() <= 1
+    assert np.corrcoef(clips["low"], clips["plain"])[0, 1] > 0.9 and np.abs(clips["loud"]).max() > 32000
+
+
+def test_splits_hold_out_whole_sources_and_do_not_depend_on_their_order(tmp_path):
+    for i in range(12):
+        write_clip(tmp_path / f"in/s{i % 3}/clip{i}.npz", seed=i)
+    write_clip(tmp_path / "in/s0/copy.npz", seed=0)
+    last = prepare_data.prepare(prepare_data.parser().parse_args([str(tmp_path / "in"), "--out", str(tmp_path / "a")]))
+    assert last.startswith("12 clips") and "(duplicate: 1)" in last
+    split = {c["name"]: c["split"] for c in load(tmp_path / "a")[0]["clips"]}
+    assert sorted(split.values()) == ["test"] + ["train"] * 10 + ["val"]
+    srcs = [str(tmp_path / f"in/s{i}") for i in (2, 1, 0)]
+    prepare_data.main([*srcs, "--out", str(tmp_path / "b")])
+    assert len(load(tmp_path / "b")[0]["clips"]) == 12
+    prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "c"), "--test-speakers", "s1"])
+    meta = load(tmp_path / "c")[0]
+    assert {c["speaker"] for c in meta["clips"] if c["split"] == "test"} == {"s1"}
+    assert {c["speaker"] for c in meta["clips"] if c["split"] != "test"} == {"s0", "s2"}
+    _, err = prepare(tmp_path / "in", "--out", tmp_path / "d", "--test-speakers", "s9", rc=1)
+    assert err == "error: --test-speakers: s9 vs s0, s1, s2. Name speakers that are there\n"
+
+
+def test_one_long_recording_is_cut_and_its_last_pieces_are_held_out(tmp_path):
+    points, times, sound = speech(130)
+    write_clip(tmp_path / "in/talk.npz", landmarks=points, pts=times, audio=sound)
+    prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    clips = load(tmp_path / "out")[0]["clips"]
+    assert [c["split"] for c in clips] == ["train"] * 5 + ["val", "test"] and max(c["frames"] for c in clips) <= 500
+    assert sum(c["frames"] for c in clips) == 130 * 25 and clips[1]["name"] == "talk@0018.60"
+
+
+def test_an_interrupted_run_goes_on_and_redoes_nothing(tmp_path, monkeypatch):
+    for i in range(6):
+        write_clip(tmp_path / f"in/clip{i}.npz", seed=i)
+    whole, parted, done = tmp_path / "whole", tmp_path / "parted", []
+    prepare_data.main([str(tmp_path / "in"), "--out", str(whole)])
+    work = prepare_data.work
+
+    def stopping(task, options):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(task["name"])
+        return work(task, options)
+
+    monkeypatch.setattr(prepare_data, "work", stopping)
+    assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 130
+    with open(parted / "mel.npy", "ab") as f:            # what a kill in the middle of a write leaves
+        f.write(b"torn")
+    with open(parted / "journal.jsonl", "a") as f:
+        f.write('{"key": "to')
+    monkeypatch.setattr(prepare_data, "work", lambda task, options: done.append(task["name"]) or work(task, options))
+    assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 0
+    assert done == [f"clip{i}" for i in range(6)]
+    for name in ("landmarks.npy", "mel.npy", "audio.npy"):
+        assert (whole / name).read_bytes() == (parted / name).read_bytes()
+    assert load(whole)[0] == load(parted)[0]
+    assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 0 and len(done) == 6
+    _, err = prepare(tmp_path / "in", "--out", parted, "--n-mels", 20, rc=1)
+    assert "--force" in err and load(parted)[0] == load(whole)[0]
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    for i in range(4):
+        write_clip(tmp_path / f"in/clip{i}.npz", seed=i)
+    append, calls = prepare_data.GrowingArray.append, []
+
+    def full(self, a):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(28, "No space left on device")
+        return append(self, a)
+
+    monkeypatch.setattr(prepare_data.GrowingArray, "append", full)
+    args = prepare_data.parser().parse_args([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
+    with pytest.raises(prepare_data.UserError, match="No space left.*goes on after 1 sources"):
+        prepare_data.prepare(args)
+    assert prepare_data.prepare(args).startswith("4 clips")
+
+
+@pytest.mark.parametrize("args, error", [
+    (["nowhere"], "error: nowhere: no such file or folder"), (["{empty}"], "nothing vs NAME.npz"),
+    (["synthetic", "--n-mels", "0"], "error: --n-mels: 0 vs 1 to 256"), (["synthetic", "--fmin", "9000"], "--fmin: 9000"),
+    (["synthetic", "--clips", "-1"], "--clips: -1 vs"), (["synthetic", "--fps", "30"], "--fps: 30 vs 25"),
+    (["{file}"], "vs .npz .npy .csv")])
+def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, args, error):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("hello")
+    args = [a.format(empty=tmp_path / "empty", file=tmp_path / "file.txt") for a in args]
+    _, err = prepare(*args, "--out", tmp_path / "out", rc=1)
+    assert error in err and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_an_unknown_flag_exits_2(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "prepare_data.py", "synthetic", "--out", tmp_path, "--n-mel", "20"],
+                         capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "--n-mel" in run.stderr and not run.stdout
+
+
+def test_force_keeps_files_that_are_not_ours(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.txt").write_text("meow")
+    _, err = prepare("synthetic", "--clips", 4, "--out", tmp_path / "photos", "--force", rc=1)
+    assert "other files (cat.txt)" in err and (tmp_path / "photos/cat.txt").read_text() == "meow"
+
+
+def test_wrong_sound_is_warned_about(tmp_path, capsys):
+    for i in range(8):
+        points, times, _ = speech(8, seed=i)
+        write_clip(tmp_path / f"in/clip{i}.npz", landmarks=points, pts=times, audio=speech(8, seed=i + 50)[2])
+        write_clip(tmp_path / f"right/clip{i}.npz", landmarks=points, pts=times, audio=speech(8, seed=i)[2])
+    prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "a")])
+    assert "do not follow this sound" in capsys.readouterr().out
+    prepare_data.main([str(tmp_path / "right"), "--out", str(tmp_path / "b")])
+    assert "warning" not in capsys.readouterr().out
+
+
+# --- real clips (the tests above need none)
+
+GRID = ROOT.parent / "shared/data/grid"
+
+
+@pytest.mark.skipif(not GRID.is_dir(), reason="no ../shared/data/grid")
+def test_grid_clips_are_kept_and_dropped_as_measured(tmp_path):
+    (tmp_path / "in/s1").mkdir(parents=True)
+    (tmp_path / "in/s26").mkdir()
+    damaged = ["s1_bbizzn", "s1_brwg8p", "s1_pbio7a"]
+    files = [GRID / "s1" / f"{name}.npz" for name in [*damaged, "s1_srbb4n"]]
+    files += sorted((GRID / "s1").glob("*.npz"))[:40] + sorted((GRID / "s26").glob("*.npz"))
+    for path in set(files):
+        (tmp_path / "in" / path.parent.name / path.name).symlink_to(path)
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out", "--test-speakers", "s26")
+    last = out.strip().split("\n")[-1]
+    assert last.endswith("3 skipped (face missing in more than 10 % of the frames: 3)")
+    meta, arrays = load(tmp_path / "out")
+    assert {c["frames"] for c in meta["clips"]} == {74} and not {f"s1/{name}" for name in damaged} & {
+        c["name"] for c in meta["clips"]}
+    assert sum(c["split"] == "test" for c in meta["clips"]) == 11 and meta["defaults"] == {"lead": 2, "noise": 0.0022}
+    clip = next(c for c in meta["clips"] if c["name"] == "s1/s1_bbaf2n")
+    with np.load(GRID / "s1/s1_bbaf2n.npz") as z:
+        x = arrays["landmarks"][clip["start"]:][:74].reshape(74, 68, 2) * clip["box"][2] + clip["box"][:2]
+        assert np.abs(x - z["landmarks"][:74] * z["wh"]).max() < 1e-3
+        assert np.array_equal(arrays["audio"][clip["audio_start"]:][:47360], z["audio"][:47360])
+    assert "CC BY 4.0" in meta["sources"][clip["source"]]["licence"]
