@@ -157,7 +157,7 @@ class Mel:
 
     def _power(self, samples, first, start, stop):
         """Mel power of columns start..stop-1 of a sound whose sample number `first` is samples[0]; zeros before sample 0."""
-        ends = np.arange(start + 1, stop + 1) * self.sample_rate // self.fps - first  # exact at any frame rate
+        ends = np.floor(np.arange(start + 1, stop + 1) * self.sample_rate / self.fps).astype(int) - first
         samples = np.concatenate([np.zeros(self.size, np.float32), samples])
         power = [np.zeros((0, len(self.bank)), np.float32)]
         for block in np.array_split(ends, len(ends) // 4096 + 1):
@@ -165,10 +165,13 @@ class Mel:
             power.append((np.abs(np.fft.rfft(windows * self.hann)) ** 2).astype(np.float32) @ self.bank.T)
         return np.concatenate(power)
 
+    def _frames(self, samples):
+        return int(samples * self.fps / self.sample_rate + 1e-9)
+
     def columns(self, audio):
         """Samples (S,) in -1..1 -> log-mel (T, M) float32, T = floor(S * fps / sample_rate)."""
         audio = np.asarray(audio, np.float32)
-        power = self._power(audio, 0, 0, len(audio) * self.fps // self.sample_rate)
+        power = self._power(audio, 0, 0, self._frames(len(audio)))
         if self.level and len(power):
             power = power / max(np.percentile(power.mean(1), 95), 1e-12)
         return np.log(np.maximum(power, 1e-13))
@@ -178,9 +181,9 @@ class Mel:
         if self.level:
             raise UserError("level: a clip's level vs a sound still arriving. Train on data prepared without --level")
         self.past = np.concatenate([self.past, np.asarray(samples, np.float32)])
-        frames = (self.first + len(self.past)) * self.fps // self.sample_rate
+        frames = self._frames(self.first + len(self.past))
         power = self._power(self.past, self.first, self.frame, frames)
-        keep = max(0, (frames + 1) * self.sample_rate // self.fps - self.size)  # where the next column's window starts
+        keep = max(0, int((frames + 1) * self.sample_rate / self.fps) - self.size)  # where the next column's window starts
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
         return np.log(np.maximum(power, 1e-13))
