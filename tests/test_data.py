@@ -178,7 +178,7 @@ def test_openface_csv_bare_npy_and_npz_give_the_same_clip(tmp_path):
 
 
 def test_clip_box_maps_landmarks_back_to_pixels_of_a_frame_that_is_not_square(tmp_path):
-    points, times, _ = speech()
+    points = speech()[0]
     wh = np.array([640, 360])
     write_clip(tmp_path / "in/a.npz", landmarks=points / wh, wh=wh)
     prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
@@ -219,7 +219,8 @@ def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
     assert [(i[0], i[-1]) for i in found] == [(0, 99), (120, 499), (500, 749)]
     take = {"points": points, "times": times, "wh": [900, 900], "begin": 0.0, "source": "a", "licence": "b",
             "extractor": "c", "sound": sound / 32768}
-    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
+    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False,
+               "piece": 0}
     clips, left_out = prepare_data.make_clips(take, options)
     assert [round(c["time"], 2) for c in clips] == [0, 4.8, 20] and not left_out
     assert [len(c["landmarks"]) for c in clips] == [100, 380, 250] and np.isfinite(clips[1]["landmarks"]).all()
@@ -229,7 +230,8 @@ def test_sound_that_starts_late_is_aligned_to_the_frames():
     points, times, sound = speech(4)
     take = {"points": points, "times": times + 0.033, "wh": [900, 900], "begin": 0.5, "source": "a", "licence": "b",
             "extractor": "c", "sound": sound[8000:] / 32768}                     # times of the file: sound from 0.5 s on
-    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
+    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False,
+               "piece": 0}
     clip = prepare_data.make_clips(take, options)[0][0]
     assert abs(clip["time"] - 0.513) < 1e-9                                      # the first frame that has sound
     assert np.array_equal(clip["audio"], sound[round(0.513 * 16000):][:len(clip["audio"])])
@@ -379,10 +381,10 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(tmp_path, mon
 
 
 @pytest.mark.parametrize("args, error", [
-    (["nowhere"], "error: nowhere: no such file or folder"), (["{empty}"], "nothing vs NAME.npz"),
+    (["nowhere"], "error: nowhere: no such file or folder"), (["{empty}"], "nothing vs videos, NAME.npz"),
     (["synthetic", "--n-mels", "0"], "error: --n-mels: 0 vs 1 to 256"), (["synthetic", "--fmin", "9000"], "--fmin: 9000"),
     (["synthetic", "--clips", "-1"], "--clips: -1 vs"), (["synthetic", "--fps", "30"], "--fps: 30 vs 25"),
-    (["{file}"], "vs .npz .npy .csv")])
+    (["{file}"], "vs .npz .npy .csv .mpg")])
 def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, args, error):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("hello")
@@ -413,6 +415,30 @@ def test_wrong_sound_is_warned_about(tmp_path, capsys):
     assert "do not follow this sound" in capsys.readouterr().out
     prepare_data.main([str(tmp_path / "right"), "--out", str(tmp_path / "b")])
     assert "warning" not in capsys.readouterr().out
+
+
+def test_late_sound_is_measured_and_moved_on_request(tmp_path):
+    for i in range(6):
+        points, times, sound = speech(8, seed=i)
+        late = np.concatenate([np.zeros(4 * 640, np.int16), sound])[:len(sound)]
+        write_clip(tmp_path / f"in/clip{i}.npz", landmarks=points, pts=times, audio=late)
+        write_clip(tmp_path / f"right/clip{i}.npz", landmarks=points, pts=times, audio=sound)
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "late")
+    assert "4 frames late" in out or "3 frames late" in out, out
+    right = load(tmp_path / "right.out")[1] if prepare(tmp_path / "right", "--out", tmp_path / "right.out") else None
+    before = load(tmp_path / "late")[0]
+    for _ in range(2):                                   # once more changes nothing
+        prepare(tmp_path / "in", "--out", tmp_path / "late", "--audio-offset", 4)
+        meta, arrays = load(tmp_path / "late")
+        for i, clip in enumerate(meta["clips"]):
+            assert clip["frames"] == 196 and np.array_equal(arrays["audio"][clip["audio_start"]:][:clip["audio_samples"]],
+                                                            right["audio"][i * 128000:][:196 * 640])
+            assert np.allclose(arrays["mel"][clip["start"]:][:196], right["mel"][i * 200:][:196])
+    prepare(tmp_path / "in", "--out", tmp_path / "late", "--audio-offset", -2)
+    clip = load(tmp_path / "late")[0]["clips"][0]
+    assert (clip["start"], clip["frames"], clip["audio_start"], clip["audio_samples"]) == (2, 198, 0, 198 * 640)
+    prepare(tmp_path / "in", "--out", tmp_path / "late")
+    assert load(tmp_path / "late")[0] == before
 
 
 # --- real clips (the tests above need none)
