@@ -1,0 +1,293 @@
+// CUDA's execution model on a CPU, small enough to read: lets g++ compile gated_conv.cu and run it thread by thread.
+//
+//   grid of blocks    independent, in any order. Here: one after another.
+//   block of threads  share one piece of shared memory and can meet at __syncthreads(). Here: every thread is a fiber (its own
+//                     stack and program counter); a fiber runs until it finishes or waits, then the next one runs.
+//   warp              32 neighbouring threads that can read each other's registers (__shfl_down_sync). Here: lanes leave
+//                     their value in a mailbox, wait for the other 31, and read.
+//   shared memory     exactly as many bytes as the launch asked for, filled with NaN (0xFF), never with zeros.
+//
+// What real hardware leaves undefined stops the program here, with the line: threads of a block waiting at different
+// barriers, a thread that returns while others wait, part of a warp at a shuffle, more than 1024 threads or 48 KB per block,
+// a grid over the limits. The same binary under -fsanitize=address finds a read past a buffer or past shared memory; under
+// -fsanitize=thread, where each CUDA thread is a TSan fiber ordered by barriers alone, it finds a missing barrier and two
+// blocks that write one address.
+//
+// CUDA_ON_CPU_ORDER = ascending | descending | shuffle:SEED   the order in which a block's threads take turns
+// CUDA_ON_CPU_BLOCKS = last                                   run only the last block (tests of 64-bit indices)
+//
+// Not modelled: time, occupancy, weak memory order between blocks, fast-math ulps, atomics, cp.async, streams.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <algorithm>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <vector>
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#elif defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cuda_on_cpu {
+#define UNTRACED __attribute__((no_sanitize("thread"), noinline))       // the scheduler must not show up in a race report
+constexpr size_t STACK_BYTES = 256 * 1024, SHARED_LIMIT = 48 * 1024;
+enum State { RUNS, AT_BARRIER, AT_SHUFFLE, FINISHED };
+
+struct Thread {
+    ucontext_t context;
+    char* stack = nullptr;
+    dim3 index;
+    State state;
+    int line, barriers;                 // the line where it waits; how many barriers it has passed
+    uint64_t mail[4];                   // what it shows to the other lanes of its warp
+    void *tsan = nullptr, *asan = nullptr;              // what the sanitizers call this fiber
+};
+
+// ThreadSanitizer must see no order between blocks, so neighbouring blocks run on different fibers with clocks of their own.
+#if defined(__SANITIZE_THREAD__)
+constexpr int CREWS = 4;
+#else
+constexpr int CREWS = 1;
+#endif
+
+// One launch at a time (the mutex), so plain globals will do.
+inline std::mutex launch_lock;
+inline Thread crews[CREWS][1024], *threads = crews[0];  // the fibers; those of the running block
+inline Thread* self = nullptr;                          // the fiber that runs
+inline size_t thread_count = 0;
+inline ucontext_t scheduler;
+inline dim3 block_index, block_size, grid_size;
+inline char* shared_memory = nullptr;
+inline const std::function<void()>* kernel_call = nullptr;
+inline void *scheduler_tsan = nullptr, *scheduler_asan = nullptr;       // the sanitizers' names for the scheduler's own stack
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_bytes = 0;
+inline char clocks[CREWS][2], *barrier_clocks = clocks[0], begin_clock, end_clock;      // TSan orders memory by these addresses
+
+[[noreturn]] inline void fail(const char* what, int line = 0) {
+    fprintf(stderr, "cuda_on_cpu: %s", what);
+    if (line) fprintf(stderr, " (line %d)", line);
+    fprintf(stderr, "\n");
+    abort();
+}
+
+UNTRACED inline void resume(Thread& t) {                // scheduler -> thread
+    self = &t;
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(t.tsan, __tsan_switch_to_fiber_no_sync);
+#elif defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&scheduler_asan, t.stack, STACK_BYTES);
+#endif
+    swapcontext(&scheduler, &t.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(scheduler_asan, nullptr, nullptr);
+#endif
+}
+
+UNTRACED inline void pause(State why, int line) {       // thread -> scheduler, until the scheduler resumes it
+    Thread& t = *self;
+    t.state = why;
+    t.line = line;
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
+#elif defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(why == FINISHED ? nullptr : &t.asan, scheduler_stack, scheduler_stack_bytes);
+#endif
+    swapcontext(&t.context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(t.asan, nullptr, nullptr);
+#endif
+}
+
+UNTRACED inline void thread_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(&begin_clock);
+#endif
+    (*kernel_call)();
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(&end_clock);
+#endif
+    pause(FINISHED, 0);
+}
+
+// All threads of the block meet. Two clocks take turns: with one, a thread that rushes on to the next barrier would lend
+// its later work to threads still leaving this one, and TSan would miss races.
+UNTRACED inline void barrier(int line) {
+#if defined(__SANITIZE_THREAD__)
+    char* const clock = &barrier_clocks[self->barriers++ % 2];
+    __tsan_release(clock);
+#endif
+    pause(AT_BARRIER, line);
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(clock);
+#endif
+}
+
+// Every lane of the warp shows `value`, and reads lane `from`. CUDA promises no memory ordering here, so TSan gets none.
+template <class V> UNTRACED inline V from_lane(V value, unsigned from, int line) {
+    static_assert(sizeof(V) <= sizeof(Thread::mail), "a lane shows at most 32 bytes");
+    memcpy(self->mail, &value, sizeof(V));
+    pause(AT_SHUFFLE, line);                            // all 32 have written
+    const size_t lane = self - threads;
+    memcpy(&value, threads[lane / 32 * 32 + from % 32].mail, sizeof(V));
+    pause(AT_SHUFFLE, line);                            // all 32 have read
+    return value;
+}
+
+// Moves waiting threads on: a warp whose 32 lanes stand at one shuffle, or a block whose threads all stand at one barrier.
+UNTRACED inline bool release() {
+    bool moved = false;
+    size_t at_barrier = 0, finished = 0, barrier_line = 0;
+    for (size_t first = 0; first < thread_count; first += 32) {
+        const size_t lanes = std::min<size_t>(32, thread_count - first);
+        size_t waiting = 0;
+        for (size_t i = first; i < first + lanes; ++i) {
+            const Thread& t = threads[i];
+            finished += t.state == FINISHED;
+            if (t.state == AT_SHUFFLE) waiting += t.line == threads[first].line;
+            if (t.state != AT_BARRIER) continue;
+            if (at_barrier++ == 0) barrier_line = t.line;
+            if ((int)barrier_line != t.line) fail("threads of one block wait at different barriers", t.line);
+        }
+        if (waiting == 32) {
+            for (size_t i = first; i < first + lanes; ++i) threads[i].state = RUNS;
+            moved = true;
+        }
+    }
+    if (at_barrier == thread_count) {
+        for (size_t i = 0; i < thread_count; ++i) threads[i].state = RUNS;
+        return true;
+    }
+    if (moved || finished == thread_count) return moved;
+    for (size_t i = 0; i < thread_count; ++i) {
+        if (threads[i].state == AT_SHUFFLE) fail("a shuffle without all 32 lanes of the warp", threads[i].line);
+    }
+    fail("a barrier that some threads of the block never reach", (int)barrier_line);
+}
+
+UNTRACED inline void start(Thread& t, size_t i) {
+    if (!t.stack) t.stack = (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (t.stack == MAP_FAILED) fail("no memory for a thread's stack");
+#if defined(__SANITIZE_THREAD__)
+    if (!t.tsan) t.tsan = __tsan_create_fiber(0);
+#endif
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = t.stack;
+    t.context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&t.context, (void (*)())thread_main, 0);
+    t.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
+    t.state = RUNS;
+    t.barriers = 0;
+}
+
+UNTRACED inline void run_block(const std::vector<size_t>& order) {
+    for (size_t i = 0; i < thread_count; ++i) start(threads[i], i);
+    do {
+        for (const size_t i : order) {
+            if (threads[i].state == RUNS) resume(threads[i]);
+        }
+    } while (release());
+}
+
+inline std::vector<size_t> thread_order(size_t count) {
+    std::vector<size_t> order(count);
+    for (size_t i = 0; i < count; ++i) order[i] = i;
+    const char* wanted = getenv("CUDA_ON_CPU_ORDER");
+    if (wanted && !strcmp(wanted, "descending")) std::reverse(order.begin(), order.end());
+    if (wanted && !strncmp(wanted, "shuffle:", 8)) std::shuffle(order.begin(), order.end(), std::mt19937(atoi(wanted + 8)));
+    return order;
+}
+
+UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& call) {
+    const std::lock_guard<std::mutex> one_at_a_time(launch_lock);
+    const size_t count = (size_t)block.x * block.y * block.z;
+    if (count < 1 || count > 1024) fail("a block needs 1 to 1024 threads");
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("grid out of range");
+    if (bytes > SHARED_LIMIT) fail("more than 48 KB of shared memory");
+    thread_count = count;
+    block_size = block;
+    grid_size = grid;
+    kernel_call = &call;
+#if defined(__SANITIZE_THREAD__)
+    scheduler_tsan = __tsan_get_current_fiber();
+#endif
+    const std::vector<size_t> order = thread_order(count);
+    const char* which = getenv("CUDA_ON_CPU_BLOCKS");
+    const unsigned long long blocks = (unsigned long long)grid.x * grid.y * grid.z, first = which && !strcmp(which, "last") ? blocks - 1 : 0;
+    for (unsigned long long i = first; i < blocks; ++i) {
+        threads = crews[i % CREWS];
+        barrier_clocks = clocks[i % CREWS];
+        block_index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+        shared_memory = (char*)aligned_alloc(16, (bytes + 15) / 16 * 16);
+        memset(shared_memory, 0xFF, bytes);
+#if defined(__SANITIZE_THREAD__)
+        __tsan_release(&begin_clock);                   // a block sees the launches before, and its shared memory
+#endif
+        run_block(order);
+#if !defined(__SANITIZE_THREAD__)                       // under TSan blocks must not meet through a reused address
+        free(shared_memory);
+#endif
+    }
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(&end_clock);
+#endif
+}
+
+UNTRACED inline dim3 thread_index() { return self->index; }
+UNTRACED inline dim3 current_block() { return block_index; }
+UNTRACED inline void* shared() { return shared_memory; }
+}  // namespace cuda_on_cpu
+
+#define threadIdx (cuda_on_cpu::thread_index())
+#define blockIdx (cuda_on_cpu::current_block())
+#define blockDim (cuda_on_cpu::block_size)
+#define gridDim (cuda_on_cpu::grid_size)
+#define __syncthreads() cuda_on_cpu::barrier(__LINE__)
+#define __shfl_down_sync(mask, value, distance) \
+    cuda_on_cpu::from_lane(value, std::min<unsigned>(threadIdx.x % 32 + (distance), 31), __LINE__)
+#define SHARED(type, name) type* const name = static_cast<type*>(cuda_on_cpu::shared())
+#define LAUNCH(kernel, grid, block, bytes, stream, ...) \
+    ((void)(stream), cuda_on_cpu::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
+
+// ---- The 16-bit types: storage only, converted by round-to-nearest-even -------------------------------------------------
+struct __half {
+    _Float16 bits;
+};
+inline float __half2float(__half v) { return (float)v.bits; }
+inline __half __float2half_rn(float v) { return {(_Float16)v}; }
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 v) {
+    const uint32_t wide = (uint32_t)v.bits << 16;
+    float f;
+    memcpy(&f, &wide, 4);
+    return f;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+    uint32_t wide;
+    memcpy(&wide, &f, 4);
+    if (f != f) return {0x7fff};                        // CUDA's NaN
+    return {(uint16_t)((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+}
