@@ -6,8 +6,10 @@
 #include <string>
 
 struct Case { int B, C, H, T, K, dilation; bool bias, cond; };
-// Odd against every tile (32 pairs, 64 times, 8 / 16 deep); T under the halo; dilation over T and over the tile; slices.
-static const Case CASES[] = {{2, 9, 33, 65, 3, 2, true, true}, {5, 5, 3, 9, 2, 16, true, false}, {1, 65, 34, 130, 2, 66, false, true}, {1, 17, 5, 1, 5, 1, true, true}};
+// Odd against every tile (32 pairs, 64 times, 8 / 16 deep); T under the halo; dilation over T and over the tile; T = 1; a batch
+// so large that each of dw's splits sums several chunks.
+static const Case CASES[] = {{2, 9, 33, 65, 3, 2, true, true}, {5, 5, 3, 9, 2, 16, true, false}, {1, 65, 34, 130, 2, 66, false, true}, {1, 17, 5, 1, 5, 1, true, true},
+                             {60, 2, 1, 33, 5, 3, true, true}};
 
 template <class T> struct Buffer {
     size_t size;
