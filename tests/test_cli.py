@@ -1,0 +1,461 @@
+"""Every command as a user runs it: a short run, its files, going on, stopping, and what happens with bad input."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import talkingflow
+from talkingflow import Clips, Config, Mel, Talker, TalkingFlow, Trainer, UserError, load_checkpoint, mouth_opening
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+SMALL = "--hidden 16 --steps_per_scale 1 --seq_len 40 --eval_interval 10".split()
+
+
+def run(folder, *args, main=talkingflow.main):
+    """The command line in this process: what it returns and prints. Processes of their own are kept for where they matter."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as e:  # argparse
+            status = e.code
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def run_process(folder, *args, **more):
+    command = [sys.executable, str(ROOT / "talkingflow.py"), *map(str, args)]
+    return subprocess.run(command, cwd=folder, env=ENV, capture_output=True, timeout=300, **more)
+
+
+def write_wav(path, seconds=1.0, rate=16000, channels=1, amplitude=0.2, seed=0):
+    samples = amplitude * np.random.default_rng(seed).standard_normal((int(seconds * rate), channels)).clip(-3, 3) / 3
+    with wave.open(str(path), "wb") as f:
+        f.setparams((channels, 2, rate, 0, "NONE", ""))
+        f.writeframes((samples * 32767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(talkers, tmp_path_factory):
+    """A folder with one short run, as the command line leaves it."""
+    folder = tmp_path_factory.mktemp("user")
+    done = run(folder, "train", "--data", talkers, "--steps", 20, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def fails(done, *words):
+    """The command ended with one clear line and no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert lines and lines[-1].startswith("error: ") and "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+# --- train
+
+
+def test_training_leaves_the_promised_files_and_prints_the_references(trained):
+    folder, printed = trained
+    out = folder / "runs" / "001-demo-talkers"
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert {"model", "config", "data", "step", "val_nll"} <= set(state)
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries] == [1, 10, 20]
+    assert all({"step", "train_nll", "val_nll", "frames_per_second"} == set(e) for e in entries)
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "VAR(2)" in printed and "audio gain" in printed and "left" in printed
+    assert not list(out.glob(".*"))  # no temporary file stays
+
+
+def test_importing_builds_and_prints_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", "import talkingflow"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_loss_of_ten_seeded_steps_is_what_it_was(talkers):
+    """Literals: any change of the model, its start or the batches shows here first."""
+    config = Config(steps=10, hidden=32, seed=3, noise=0.0, dropout=0.0)
+    trainer, losses = Trainer(config, Clips(talkers), "unused", "cpu"), []
+    trainer.model.register_forward_hook(lambda module, args, output: losses.append(output[0].item()))
+    for _ in range(10):
+        trainer.train_step()
+    assert losses == pytest.approx(LITERAL_LOSSES, rel=0.01)
+
+
+LITERAL_LOSSES = [-4.684, -4.6836, -4.6878, -4.676, -4.6797, -4.6864, -4.6863, -4.6868, -4.6833, -4.684]
+
+
+def test_resuming_is_bitwise_the_uninterrupted_run(talkers, tmp_path):
+    def trainer(state=None):
+        return Trainer(Config(steps=12, hidden=8, steps_per_scale=1, eval_interval=6), Clips(talkers), tmp_path, "cpu", state)
+
+    whole = trainer()
+    whole.run()
+    half = trainer()
+    while half.step < 6:
+        half.train_step()
+    half.save_resume()
+    rest = trainer(talkingflow.read_checkpoint(tmp_path / "resume.pt"))
+    rest.run()
+    assert rest.step == 12
+    for name, value in whole.flow.state_dict().items():
+        assert torch.equal(value, rest.flow.state_dict()[name]), name
+
+
+def test_validating_more_often_does_not_change_the_weights(talkers, tmp_path):
+    weights = []
+    for interval in (1, 100):
+        config = Config(steps=4, hidden=8, steps_per_scale=1, eval_interval=interval)
+        trainer = Trainer(config, Clips(talkers), tmp_path, "cpu")
+        trainer.run()
+        weights.append(torch.cat([p.flatten() for p in trainer.flow.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(talkers, tmp_path, number, status):
+    command = [sys.executable, str(ROOT / "talkingflow.py"), "train", "--data", str(talkers), "--steps", "100000", "--out", "run"]
+    process = subprocess.Popen(command + SMALL, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "python talkingflow.py train --resume --out run" in printed
+    step = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"]
+    done = run(tmp_path, "train", "--resume", "--out", "run", "--steps", step + 10)
+    assert done.returncode == 0 and f"step {step + 10:5d}/{step + 10}" in done.stdout, done.stderr
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_names_the_step(talkers, tmp_path, capsys):
+    trainer = Trainer(Config(steps=50, hidden=8, steps_per_scale=1), Clips(talkers), tmp_path, "cpu")
+    trainer.train_step()
+    before = [p.detach().clone() for p in trainer.flow.parameters()]
+    batch = trainer.clips.batch
+    trainer.clips.batch = lambda *args: tuple(v * float("nan") for v in batch(*args))
+    trainer.train_step()
+    assert "step 2: gradient not finite" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.flow.parameters()))
+    with pytest.raises(UserError, match="5 gradients in a row"):
+        for _ in range(5):
+            trainer.train_step()
+
+
+def test_two_processes_train_the_same_weights_as_one_writer(talkers, tmp_path):
+    """torchrun with gloo: one log, one checkpoint, and equal weights in both processes (asserted by DistributedDataParallel)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "talkingflow.py"),
+               "train", "--data", str(talkers), "--steps", "10", "--device", "cpu", "--out", "run", *SMALL]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 10]
+    flow, _ = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    x, c = Clips(talkers).batch(Clips(talkers).windows("val", 40, 4), 40)
+    assert flow.nll(x, c).isfinite().all()
+
+
+def test_initialisation_does_not_depend_on_the_process(talkers, monkeypatch):
+    flows = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        flows.append(Trainer(Config(steps=1, hidden=8), Clips(talkers), "unused", "cpu").flow.state_dict())
+    assert all(torch.equal(value, flows[1][name]) for name, value in flows[0].items())
+
+
+# --- sample
+
+
+@pytest.mark.parametrize("suffix", [".html", ".npz", ".csv", ".npy", ".gif"])
+def test_sample_writes_every_format(trained, suffix, tmp_path):
+    folder, _ = trained
+    out = tmp_path / f"face{suffix}"
+    done = run(folder, "sample", "--num-samples", 2, "--seed", 7, "--out", out)
+    assert done.returncode == 0, done.stderr
+    if suffix == ".npz":
+        f = np.load(out)
+        assert f["landmarks"].shape == (2, 80, 68, 2) and f["landmarks"].dtype == np.float32
+        assert (int(f["fps"]), str(f["layout"]), int(f["seed"]), float(f["temperature"])) == (25, "ibug68", 7, 1.0)
+        assert len(str(f["checkpoint"])) == 64 and str(f["audio"])
+    if suffix == ".npy":
+        assert np.load(out).shape == (2, 80, 68, 2)
+    if suffix == ".csv":
+        lines = out.read_text().splitlines()
+        assert len(lines) == 1 + 2 * 80 and lines[0].startswith("frame, face_id, timestamp, confidence, success, x_0, x_1")
+    if suffix == ".html":
+        page = out.read_text()
+        assert "http" not in page and "src=" not in page and "@import" not in page  # nothing comes from outside
+    if suffix == ".gif":
+        assert out.read_bytes()[:6] == b"GIF89a"
+
+
+def test_sample_without_names_takes_the_newest_run_and_never_overwrites(trained):
+    folder, _ = trained
+    assert run(folder, "sample").returncode == run(folder, "sample").returncode == 0
+    assert sorted(p.name for p in folder.glob("runs/*/sample*")) == ["sample-2.html", "sample.html"]
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(trained, tmp_path):
+    folder, _ = trained
+    for faces in (1, 3):
+        assert run(folder, "sample", "--num-samples", faces, "--out", tmp_path / f"{faces}.npy").returncode == 0
+    one, three = np.load(tmp_path / "1.npy"), np.load(tmp_path / "3.npy")
+    assert np.array_equal(one[0], three[0]) and not np.array_equal(three[0], three[1])
+
+
+@pytest.mark.parametrize("rate, channels", [(16000, 1), (8000, 1), (44100, 2), (48000, 1)])
+def test_sample_takes_any_rate_and_stereo(trained, tmp_path, rate, channels):
+    folder, _ = trained
+    wav = write_wav(tmp_path / "a.wav", 1.5, rate, channels)
+    done = run(folder, "sample", "--audio", wav, "--out", tmp_path / "x.npz", "--num-samples", 1)
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "x.npz")["landmarks"].shape == (1, 37, 68, 2)
+    assert ("8000 Hz" in done.stderr) == (rate == 8000)
+
+
+def test_silence_and_a_long_sound_are_fine(trained, tmp_path):
+    folder, _ = trained
+    for name, seconds, amplitude in (("silence", 1.0, 0.0), ("long", 90.0, 0.2)):
+        wav = write_wav(tmp_path / f"{name}.wav", seconds, amplitude=amplitude)
+        done = run(folder, "sample", "--audio", wav, "--out", tmp_path / f"{name}.npy", "--num-samples", 1)
+        assert done.returncode == 0, done.stderr
+        x = np.load(tmp_path / f"{name}.npy")
+        assert x.shape[1] == seconds * 25 and np.isfinite(x).all()
+
+
+def test_blocks_of_sound_give_the_faces_of_the_whole_sound():
+    torch.manual_seed(0)
+    flow = TalkingFlow(Config(hidden=8, lead=2)).eval()
+    data = {"mel": {"n_mels": 40}, "fps": 25}
+    sound = np.random.default_rng(0).standard_normal(16000 * 2).astype(np.float32) * 0.1
+    whole = Talker(flow, data, 16000, faces=2, seed=1)
+    x = np.concatenate([whole.push(sound), whole.finish()], 1)
+    for size in (100, 641, 5000):
+        talker = Talker(flow, data, 16000, faces=2, seed=1)
+        parts = [talker.push(sound[i : i + size]) for i in range(0, len(sound), size)]
+        assert np.abs(np.concatenate([*parts, talker.finish()], 1) - x).max() < 1e-5
+    assert x.shape == (2, 50, 136)
+    assert whole.push(np.zeros(0, np.float32)).shape == (2, 0, 136)
+
+
+def test_mel_of_an_arriving_sound_equals_the_whole_sound_at_any_rate():
+    rng = np.random.default_rng(0)
+    for rate, fps in ((16000, 25), (44100, 25), (16000, 30), (22050, 29.97)):
+        sound = rng.standard_normal(rate).astype(np.float32) * 0.1
+        whole = Mel(fps=fps, sample_rate=rate).columns(sound)
+        assert len(whole) == int(fps)
+        mel = Mel(fps=fps, sample_rate=rate)
+        pieces = np.split(sound, np.sort(rng.integers(0, rate, 40)))
+        assert np.abs(np.concatenate([mel.push(piece) for piece in pieces]) - whole).max() < 1e-4
+
+
+def test_mel_is_causal():
+    sound = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    before = Mel().columns(sound)
+    sound[11 * 640 :] = 0
+    after = Mel().columns(sound)
+    assert np.array_equal(before[:11], after[:11]) and not np.array_equal(before[11], after[11])
+
+
+def test_mel_hears_the_same_at_every_sample_rate():
+    """A tone and its level do not depend on the rate: the bands are in Hz, so no resampler is needed."""
+    columns = []
+    for rate in (16000, 44100, 48000):
+        time_axis = np.arange(rate) / rate
+        columns.append(Mel(sample_rate=rate).columns(0.3 * np.sin(2 * np.pi * 440 * time_axis))[5:])
+    loudest = columns[0].mean(0) > columns[0].max() - 3
+    for other in columns[1:]:
+        assert np.abs(other - columns[0])[:, loudest].max() < 0.05
+
+
+# --- stream
+
+
+def test_stream_prints_a_line_a_frame_equal_to_sample(trained, tmp_path):
+    folder, _ = trained
+    wav = write_wav(tmp_path / "a.wav", 2.0)
+    with wave.open(str(wav)) as f:
+        pcm = f.readframes(f.getnframes())
+    done = run_process(folder, "stream", "--seed", 3, input=pcm)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["frame"] for line in lines] == list(range(50)) and lines[1]["time"] == 0.04
+    assert run(folder, "sample", "--audio", wav, "--seed", 3, "--num-samples", 1, "--out", tmp_path / "x.npy").returncode == 0
+    assert np.abs(np.array([line["landmarks"] for line in lines]) - np.load(tmp_path / "x.npy")[0]).max() < 2e-5
+
+
+def test_stream_speaks_while_the_sound_arrives(trained):
+    folder, _ = trained
+    process = subprocess.Popen([sys.executable, str(ROOT / "talkingflow.py"), "stream"], cwd=folder, env=ENV, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)  # fmt: skip
+    process.stdin.write(b"\0" * 2 * 16000)
+    process.stdin.flush()  # the pipe stays open: the first frames must come all the same
+    assert json.loads(process.stdout.readline())["frame"] == 0
+    process.stdin.close()
+    assert len(process.stdout.read().splitlines()) == 24 and process.wait(60) == 0
+
+
+# --- bad input
+
+
+def test_unknown_flags_and_impossible_values_exit_2(trained):
+    folder, _ = trained
+    for args in (["train", "--stepz", 3], ["sample", "--temperature", "-1"], ["sample", "--num-samples", 0], ["sample", "--temperature", "nan"],
+                 ["train", "--hidden", "many"], ["train", "--prior_mean", "maybe"], ["stream", "--rate", 5], []):  # fmt: skip
+        done = run(folder, *args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, args
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--hidden", 0], "hidden: 0"), (["--lr", "nan"], "lr: nan"), (["--lambdas", "1,2"], "lambdas"), (["--num_scales", 0], "num_scales"),
+    (["--prior", "arma"], "prior: arma"), (["--dropout", 1], "dropout"), (["--dim", 100], "dim: 100 vs 136"),
+    (["--seq_len", 9000, "--batch_size", 0], "batch_size"), (["--cond_dim", 80], "cond_dim: 80 vs 40"), (["--device", "cuda:7"], "device"),
+    (["--steps", 0], "steps"), (["--resume", "--out", "nowhere"], "resume.pt"),
+])  # fmt: skip
+def test_bad_training_flags_end_in_one_line(talkers, tmp_path, flags, word):
+    fails(run(tmp_path, "train", "--data", talkers, *flags), word)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_data_folders_end_in_one_line(talkers, tmp_path):
+    fails(run(tmp_path, "train", "--data", tmp_path / "nothing"), "no meta.json")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "meta.json").write_text("{}")
+    fails(run(tmp_path, "train", "--data", broken), "unreadable")
+    for name in ("landmarks", "mel", "audio"):
+        (broken / f"{name}.npy").write_bytes((talkers / f"{name}.npy").read_bytes())
+    meta = json.loads((talkers / "meta.json").read_text())
+    (broken / "meta.json").write_text(json.dumps(meta | {"format": 9}))
+    fails(run(tmp_path, "train", "--data", broken), "--force")
+    (broken / "meta.json").write_text(json.dumps(meta))
+    landmarks = np.load(talkers / "landmarks.npy")
+    np.save(broken / "landmarks.npy", np.where(np.arange(136) == 5, np.float32(np.nan), landmarks))
+    fails(run(tmp_path, "train", "--data", broken), "NaN or Inf in the landmarks")
+    np.save(broken / "landmarks.npy", np.where(np.arange(136) == 5, np.float32(0.5), landmarks))
+    fails(run(tmp_path, "train", "--data", broken), "coordinates [5] never move")
+
+
+def test_a_run_is_never_overwritten_unasked(trained, talkers):
+    folder, _ = trained
+    out = next((folder / "runs").iterdir())
+    before = (out / "checkpoint.pt").read_bytes()
+    fails(run(folder, "train", "--data", talkers, "--out", out), "exists already")
+    fails(run(folder, "train", "--resume", "--out", out, "--hidden", 99), "hidden: 99 vs 16")
+    fails(run(folder, "train", "--resume", "--out", out), "steps: 20 vs the 20 already done")
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_damaged_checkpoints_are_refused(trained, tmp_path):
+    folder, _ = trained
+    good = next((folder / "runs").glob("*/checkpoint.pt")).read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for name, content in {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"", "text": b"hello", "lfs": lfs}.items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content)
+        fails(run(folder, "sample", "--checkpoint", path), name, "vs a TalkingFlow checkpoint")
+    fails(run(folder, "sample", "--checkpoint", tmp_path), "a folder")
+    fails(run(folder, "sample", "--checkpoint", tmp_path / "none.pt"), "no such file")
+    fails(run(tmp_path, "sample"), "no checkpoint.pt")
+
+
+def test_a_checkpoint_runs_no_code(trained, tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"format": 1, "model": Canary()}, tmp_path / "evil.pt")
+    fails(run(trained[0], "sample", "--checkpoint", tmp_path / "evil.pt"), "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_other_sizes_or_other_sound_is_refused(trained, talkers, tmp_path):
+    folder, _ = trained
+    state = torch.load(next((folder / "runs").glob("*/checkpoint.pt")), weights_only=True)
+    state["config"]["hidden"] = 24
+    torch.save(state, tmp_path / "sizes.pt")
+    fails(run(folder, "sample", "--checkpoint", tmp_path / "sizes.pt"), "size mismatch")
+    state["config"]["hidden"] = 16
+    state["data"]["mel"]["n_mels"] = 80
+    torch.save(state, tmp_path / "mel.pt")
+    fails(run(folder, "sample", "--checkpoint", tmp_path / "mel.pt"), "'n_mels': 80")
+
+
+def test_bad_sounds_and_outputs_end_in_one_line_and_leave_nothing(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.wav").write_text("hello")
+    write_wav(tmp_path / "none.wav", 0)
+    write_wav(tmp_path / "short.wav", 0.03)
+    good = write_wav(tmp_path / "good.wav", 1)
+    out = tmp_path / "out"
+    for name, word in (("empty", "unreadable"), ("text", "unreadable"), ("none", "0 samples"), ("short", "480 samples"), ("missing", "no such file")):
+        fails(run(folder, "sample", "--audio", tmp_path / f"{name}.wav", "--out", f"{out}.npz"), word)
+    fails(run(folder, "sample", "--audio", tmp_path, "--out", f"{out}.npz"), "a folder")
+    fails(run(folder, "sample", "--audio", good, "--out", f"{out}.bvh"), ".bvh vs .html, .npz, .csv, .npy, .gif, .mp4")
+    fails(run(folder, "sample", "--audio", good, "--out", out), "suffix missing")
+    fails(run(folder, "sample", "--clip", "nobody", "--out", f"{out}.npz"), "no clip nobody")
+    assert not list(tmp_path.glob("out*"))
+    (tmp_path / "out.npz").write_text("mine")
+    fails(run(folder, "sample", "--audio", good, "--out", f"{out}.npz"), "exists already")
+    assert (tmp_path / "out.npz").read_text() == "mine"
+    assert run(folder, "sample", "--audio", good, "--out", f"{out}.npz", "--force").returncode == 0
+    fails(run_process(folder, "stream", input="", text=True), "standard input")
+
+
+def test_mp4_without_ffmpeg_says_what_to_do(trained, tmp_path):
+    env = dict(ENV, PATH=str(tmp_path))
+    command = [sys.executable, str(ROOT / "talkingflow.py"), "sample", "--out", str(tmp_path / "a.mp4")]
+    fails(subprocess.run(command, cwd=trained[0], env=env, capture_output=True, text=True), "ffmpeg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("old")
+
+    def full(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        talkingflow.write_atomically(path, full)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+# --- real speech
+
+
+def test_real_speech_is_prepared_trained_and_sampled(grid, tmp_path):
+    """The road of a user with GRID: a few hundred steps, then a face whose mouth follows the sound better than chance."""
+    done = run(tmp_path, grid, "--out", "data/grid", main=prepare_data.main)
+    assert done.returncode == 0, done.stderr
+    assert "611 clips" in done.stdout.splitlines()[-1]
+    done = run(tmp_path, "train", "--data", "data/grid", "--steps", 300, "--eval_interval", 100)
+    assert done.returncode == 0, done.stderr
+    run_folder = next((tmp_path / "runs").iterdir())
+    figures = json.loads((run_folder / "figures.json").read_text())
+    assert figures["nll"] < figures["var3"] - 0.005, figures
+    assert 0.8 < figures["head_jitter"] < 1.4, figures
+    assert figures["mouth_correlation_temperature0"] > 0.6, figures
+    assert run(tmp_path, "sample", "--out", "x.npz").returncode == 0
+    faces = np.load(tmp_path / "x.npz")["landmarks"]
+    assert faces.shape[2:] == (68, 2) and 0 < mouth_opening(faces).std() < 1
