@@ -922,6 +922,7 @@ class Trainer:
             raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. Change --batch_size")
         self.T = clips.window_length(config.seq_len)
         self.steps = config.steps or math.ceil(config.epochs * len(clips.windows("train", self.T)) / config.batch_size)
+        load_kernel()  # says on stderr which backend runs the networks, and why
         self.held = {split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")}
         if not self.held["val"]:
             raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. Prepare more clips or lower "
@@ -1136,13 +1137,13 @@ class Talker:
         self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
         self.lead, self.device = flow.config.lead, flow.cond_mean.device
         self.streams = [flow.stream(1, temperature, torch.Generator().manual_seed(seed + i)) for i in range(faces)]
-        self.waiting, self.last = self.lead, None  # the first columns are only ever heard ahead
+        self.waiting, self.heard = self.lead, 0  # the first columns are only ever heard ahead
+        self.last = np.zeros((0, len(self.mel.bank)), np.float32)
 
     def speak(self, columns):
         """Log-mel columns (n, M) -> landmarks (K, n', D), n' < n while the look-ahead fills."""
-        self.last = columns[-1:] if len(columns) else self.last
         skip = min(self.waiting, len(columns))
-        self.waiting -= skip
+        self.heard, self.waiting, self.last = self.heard + len(columns), self.waiting - skip, columns[-1:] if len(columns) else self.last
         c = torch.from_numpy(columns[skip:])[None].to(self.device)
         return np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
 
@@ -1151,10 +1152,12 @@ class Talker:
 
     def finish(self):
         """The frames whose look-ahead lies beyond the end of the sound: its last column stands in."""
-        heard = self.mel.frame if self.last is not None else 0
-        missing = min(self.lead, heard)
-        self.waiting = 0
-        return self.speak(np.repeat(self.last, missing, 0)) if missing else np.zeros((len(self.streams), 0, 0), np.float32)
+        missing = min(self.lead, self.heard)
+        self.waiting -= self.lead - missing  # a sound shorter than the look-ahead has only `heard` frames
+        return self.speak(np.repeat(self.last, missing + self.waiting, 0) if missing else self.last[:0])
+
+
+VIDEO = (".mp4", ".mpg", ".mpeg", ".mkv", ".avi", ".mov", ".webm")  # their sound comes through prepare_data.py
 
 
 def read_sound(path, seconds=20):
@@ -1164,12 +1167,6 @@ def read_sound(path, seconds=20):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. Check --audio")
-    if path.suffix.lower() in VIDEO:
-        import prepare_data
-
-        samples, rate, _ = prepare_data.read_video_sound(path)
-        yield samples, rate
-        return
     try:
         with soundfile.SoundFile(path) as f:
             for block in f.blocks(int(seconds * f.samplerate), dtype="float32", always_2d=True):
@@ -1185,36 +1182,44 @@ def read_sound(path, seconds=20):
             raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. Convert it: ffmpeg -i {path} out.wav")
 
 
-VIDEO = (".mp4", ".mpg", ".mpeg", ".mkv", ".avi", ".mov", ".webm")
+def read_video(path, fps):
+    """A video's sound as one block of `read_sound`, its own landmarks (T, 68, 2), NaN where no face is, and their box."""
+    import prepare_data
+
+    try:
+        video = prepare_data.truth_of_video(path, fps)
+        return [(video["sound"], prepare_data.SAMPLE_RATE)], video["landmarks"], video["box"]
+    except UserError as e:  # no extractor, no face: the sound is enough to speak
+        blocks = [prepare_data.read_video_sound(path)[:2]]
+        print(f"note: no recorded face beside the samples ({e})", file=sys.stderr)
+        return blocks, None, None
 
 
-def speak_file(flow, data, path, faces, temperature, seed):
-    """Landmarks (K, T, D) for a sound file of any length, its samples (int16) and their rate; memory: the result and 20 s."""
+def speak_sound(flow, data, name, blocks, faces, temperature, seed):
+    """Landmarks (K, T, D) for a sound that comes in blocks (see `read_sound`), its samples (int16) and their rate."""
     talker, parts, sound, rate = None, [], [], None
-    for block, rate in read_sound(path):
+    for block, rate in blocks:
         if not np.isfinite(block).all():
-            raise UserError(f"{path}: NaN or Inf among the samples vs finite sound. Export it again")
+            raise UserError(f"{name}: NaN or Inf among the samples vs finite sound. Export it again")
         if talker is None:
             talker = Talker(flow, data, rate, faces, temperature, seed)
             if rate / 2 < data["mel"]["fmax"]:
-                print(f"note: {path} has {rate} Hz, nothing above {rate // 2} Hz; the model has learned from up to "
+                print(f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; the model has learned from up to "
                       f"{data['mel']['fmax']:.0f} Hz", file=sys.stderr)  # fmt: skip
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
         if not talker.mel.level:
             parts.append(talker.push(block))
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
-    frames = len(sound) * data["fps"] // rate if rate else 0
-    if not frames:
-        raise UserError(f"{path}: {len(sound)} samples vs at least one frame of {1000 // data['fps']} ms. Use a longer sound")
+    if not len(sound) or len(sound) * data["fps"] < rate:
+        raise UserError(f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. Use a longer sound")
     if talker.mel.level:  # needs the whole sound before the first frame
         columns = talker.mel.columns(sound / np.float32(32768))
-        talker.mel.frame = len(columns)
         parts = [talker.speak(block) for block in np.array_split(columns, len(columns) // 512 + 1)]
-    parts.append(talker.finish().reshape(faces, -1, flow.config.dim))
+    parts.append(talker.finish())
     return np.concatenate(parts, 1), sound, rate
 
 
-def held_out(data, name, faces):
+def held_out(data, name):
     """A held-out clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
     clips = Clips(data["folder"])
     if clips.meta["mel"] != data["mel"]:
@@ -1239,22 +1244,23 @@ def sample(args):
         raise UserError(f"{out}: suffix {out.suffix or 'missing'} vs {', '.join(WRITERS)}. Change --out")
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
-    truth, box = None, [0.0, 0.0, 512.0]
+    truth, box = None, None
     if args.audio:
-        name = Path(args.audio).name
-        x, sound, rate = speak_file(flow, data, args.audio, faces, args.temperature, args.seed)
+        name, blocks = Path(args.audio).name, read_sound(args.audio)
+        if Path(args.audio).suffix.lower() in VIDEO and Path(args.audio).is_file():
+            blocks, truth, box = read_video(args.audio, data["fps"])
+        x, sound, rate = speak_sound(flow, data, args.audio, blocks, faces, args.temperature, args.seed)
     else:
-        clip, truth, mel, sound, rate = held_out(data, args.clip, faces)
+        clip, truth, mel, sound, rate = held_out(data, args.clip)
         name, box, truth = clip["name"], clip["box"], truth.reshape(-1, 68, 2)
         talker = Talker(flow, data, rate, faces, args.temperature, args.seed)
-        talker.mel.frame = len(mel)
-        x = np.concatenate([talker.speak(np.array(mel)), talker.finish().reshape(faces, -1, flow.config.dim)], 1)
+        x = np.concatenate([talker.speak(np.array(mel)), talker.finish()], 1)
     if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
         raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. Train longer, or lower "
                         f"--temperature")  # fmt: skip
     x = x.reshape(faces, -1, 68, 2).astype(np.float32)
     info = {"fps": data["fps"], "layout": data["layout"], "seed": args.seed, "temperature": args.temperature, "audio": name,
-            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "box": box}  # fmt: skip
+            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "box": box or [0.0, 0.0, 512.0]}  # fmt: skip
     write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
     print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) for {name}")
     return 0
@@ -1330,7 +1336,7 @@ def frame_pictures(x, truth, size=240):
     from PIL import Image, ImageDraw
 
     faces = ([truth] if truth is not None else []) + list(x)
-    low, high = np.min([f.min((0, 1)) for f in faces], 0), np.max([f.max((0, 1)) for f in faces], 0)
+    low, high = np.nanmin([np.nanmin(f, (0, 1)) for f in faces], 0), np.nanmax([np.nanmax(f, (0, 1)) for f in faces], 0)
     scale = size * 0.88 / (high - low).max()
     origin = size / 2 - scale * (low + high) / 2
     for t in range(x.shape[1]):
@@ -1338,6 +1344,8 @@ def frame_pictures(x, truth, size=240):
         pen = ImageDraw.Draw(picture)
         for i, face in enumerate(faces):
             points = face[t] * scale + origin + [i * size, 0]
+            if not np.isfinite(points).all():  # the recording shows no face here
+                continue
             for first, last, closed in CURVES:
                 curve = [tuple(p) for p in points[[*range(first, last + 1), *[first] * closed]]]
                 pen.line(curve, fill=("#b3402a" if first >= 48 else "#8a8a8a" if truth is not None and i == 0 else "#22303c"), width=2)
@@ -1379,14 +1387,15 @@ def write_mp4(path, x, truth, sound, rate, info):
 def write_html(path, x, truth, sound, rate, info):
     """One self-contained page: faces, sound and controls; nothing is loaded from anywhere."""
     faces = np.concatenate([truth[None], x]) if truth is not None else x
-    low, high = faces.min((0, 1, 2)), faces.max((0, 1, 2))
+    low, high = np.nanmin(faces, (0, 1, 2)), np.nanmax(faces, (0, 1, 2))
     scaled = (faces - (low + high) / 2) / (high - low).max() * 60000  # int16 over a square that holds every face
+    scaled = np.where(np.isfinite(scaled), scaled.clip(-32767, 32767), -32768)  # the recording shows no face there
     names = ["recorded face"] * (truth is not None) + [f"sample {i + 1}" for i in range(len(x))]
     page = {
         "names": names, "fps": info["fps"], "frames": x.shape[1], "curves": CURVES, "truth": truth is not None,
         "title": f"{info['audio']} at temperature {info['temperature']:g}", "seed": info["seed"],
-        "points": base64.b64encode(scaled.clip(-32767, 32767).astype("<i2").tobytes()).decode(),
-        "mouth": mouth_opening(faces).round(4).tolist(), "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
+        "points": base64.b64encode(scaled.astype("<i2").tobytes()).decode(),
+        "mouth": [[None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()], "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
         "wave": [round(float(np.abs(part).max()) / 32768, 3) if len(part) else 0 for part in np.array_split(sound.astype(np.int32), 600)],
     }  # fmt: skip
     player = (Path(__file__).parent / "assets" / "player.html").read_text()
@@ -1477,7 +1486,7 @@ def main(argv=None):
     except UserError as e:
         if args.debug:
             raise
-        print(f"{CLEAR}error: {e}.", file=sys.stderr)
+        print(f"{CLEAR}error: {str(e).rstrip('.')}.", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
