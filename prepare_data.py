@@ -457,7 +457,7 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
     talker = Talker()
     writer = FolderWriter(new_folder(out, force), n_mels, articulators=4)
     meta = {"format": 1, "fps": FPS, "layout": "ibug68", "normalisation": "none", "mel": mel,
-            "sample_rate": SAMPLE_RATE, "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0}, "skipped": {}, "clips": [],
+            "sample_rate": SAMPLE_RATE, "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 1500}, "skipped": {}, "clips": [],
             "sources": [{"source": "synthetic talkers", "licence": "none needed: computed", "extractor": "exact"}],
             "mean_face": talker.mean.tolist(), "modes": talker.modes.tolist(), "optimum": {}}
     progress, done, widths = Progress("synthetic talkers", sum(counts.values())), 0, []
@@ -495,7 +495,7 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
 LANDMARKS = (".npz", ".npy", ".csv")                     # the first that is there counts
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
 VIDEOS = (".mpg", ".mpeg", ".mp4", ".m4v", ".mkv", ".avi", ".mov", ".webm", ".wmv", ".flv", ".ts", ".3gp")
-TAKE = 600.0                                             # seconds of a long source that are handled at a time
+TAKE = 600.0                                             # seconds of a long video that are handled at a time
 CONTAINERS = {"video", "videos", "mpg", "mpg_vcd", "mpg_6000", "audio", "wav", "clips", "landmarks"}  # not people
 
 
@@ -510,7 +510,7 @@ def list_files(src, problems):
     """Every file of a file or folder, sorted; training folders inside it are left alone."""
     src = Path(src)
     if not src.exists():
-        raise UserError(f"{src}: no such file or folder vs landmarks with sound. Check the path")
+        raise UserError(f"{src}: no such file or folder vs videos, or landmarks with sound. Check the path")
     if src.is_file():
         return [src]
     found = []
@@ -541,7 +541,7 @@ def sound_beside(path, speaker, audio_dir):
 
 def find_sources(args):
     """-> (tasks, problems): tasks are dicts name, path, part, sound, speaker, key; problems are (path, reason)."""
-    problems, tasks, lonely, unnamed = [], [], [], 0
+    problems, tasks, lonely, others = [], [], [], 0
     for src in args.sources:
         root = Path(src) if Path(src).is_dir() else Path(src).parent
         for path in list_files(src, problems):
@@ -551,10 +551,11 @@ def find_sources(args):
                 problems.append((path, "unreadable file"))                      # a link to nowhere
             elif (suffix in VIDEOS and not ready) or (suffix in LANDMARKS and suffix == ready):
                 speaker = speaker_of(Path(os.path.abspath(path)), Path(os.path.abspath(root)))
-                if not args.speakers or speaker in args.speakers:
-                    tasks.append({"name": name, "path": str(path), "speaker": speaker,
-                                  "sound": sound_beside(path, speaker, args.audio_dir)})
-                unnamed += 1
+                if args.speakers and speaker not in args.speakers:
+                    others += 1
+                    continue
+                tasks.append({"name": name, "path": str(path), "speaker": speaker,
+                              "sound": sound_beside(path, speaker, args.audio_dir)})
             elif suffix in SOUNDS:
                 lonely.append(path)
             elif Path(src).is_file():
@@ -563,9 +564,9 @@ def find_sources(args):
     problems += [(path, "sound without landmarks") for path in lonely if path.stem not in stems]
     if not tasks:
         found = f"{len(problems)} files that cannot be used ({problems[0][1]}: {problems[0][0]})" if problems else "nothing"
-        found = f"none of {', '.join(args.speakers)}" if unnamed else found
+        found = f"none of {', '.join(args.speakers)}" if others else found
         raise UserError(f"{' '.join(args.sources)}: {found} vs videos, NAME.npz with landmarks and sound, or NAME.wav with "
-                        f"NAME.npy or NAME.csv. Check the folder" + " and --speakers" * bool(unnamed))
+                        f"NAME.npy or NAME.csv. Check the folder" + " and --speakers" * bool(others))
     names = Counter(task["name"] for task in tasks)
     for task in tasks:
         if names[task["name"]] > 1:                      # the same name below two SRCs
@@ -808,8 +809,8 @@ def open_video(path):
         with open(path, "rb") as f:
             head = f.read(64)
         why = "zero bytes" if not head else "a git-lfs pointer: git lfs pull" if head.startswith(b"version https://git-lfs") \
-            else str(e)
-        raise Skip("not a video", f"{path}: {why}") from None
+            else type(e).__name__
+        raise Skip("not a video", why) from None
 
 
 def decode(container, stream, part):
@@ -843,7 +844,7 @@ def read_video_sound(path, part=(0.0, np.inf)):
     import av
     with open_video(path) as container:
         if not container.streams.audio:
-            raise Skip("no sound", f"{path} has no sound stream")
+            raise Skip("no sound", "the file has no sound stream")
         resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
         blocks, begin, count = [], 0.0, 0
         for time, frame in decode(container, container.streams.audio[0], part):
@@ -856,7 +857,7 @@ def read_video_sound(path, part=(0.0, np.inf)):
         if blocks:
             blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(None)]
     if not sum(len(block) for block in blocks):
-        raise Skip("empty sound", f"{path}: nothing could be decoded")
+        raise Skip("empty sound", "nothing could be decoded")
     return np.concatenate(blocks).astype(np.float32) / 32768, SAMPLE_RATE, begin
 
 
@@ -874,7 +875,7 @@ def read_video(task, options):
     face, lost, profiles = None, 0, 0
     with open_video(path) as container:
         if not container.streams.video:
-            raise Skip("no picture", f"{path} has no video stream")
+            raise Skip("no picture", "the file has no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for time, frame in decode(container, stream, part):
@@ -891,7 +892,7 @@ def read_video(task, options):
     if options["preview"]:
         sheet.save(options["preview"])
     if not times:
-        raise Skip("no picture", f"{path}: no frame could be decoded")
+        raise Skip("no picture", "no frame could be decoded")
     points = np.array(points)
     size = interocular(points[np.isfinite(points[:, 0, 0])])
     if profiles and not len(size):
@@ -1129,8 +1130,10 @@ class Journal:
             self.compare(first, settings)
             settings["piece"] = first["piece"]           # chosen by the number of sources when the folder was begun
             for entry in entries:
-                self.done[entry["key"]], self.rows = entry, entry["rows"]
+                self.rows = entry["rows"]
                 self.seen |= {clip["sha256"]: clip["name"] for clip in entry["clips"]}
+                if entry["reason"] != "unexpected error":                       # that may have been ours: try it again
+                    self.done[entry["key"]] = entry
             os.truncate(self.path, len(whole))
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (stays open until the run ends)
             if self.done:
@@ -1236,7 +1239,8 @@ def store(task, result, journal, writer):
             entry["left_out"]["duplicate"] = entry["left_out"].get("duplicate", 0) + 1
             entry["detail"] = f"same as {journal.seen[digest]}"
             continue
-        name = task["name"] if len(result["clips"]) == 1 else f"{task['name']}@{clip['time']:07.2f}"
+        whole = len(result["clips"]) == 1 and not task["part"][0]
+        name = task["name"] if whole else f"{task['name']}@{clip['time']:07.2f}"
         journal.seen[digest] = name
         entry["clips"].append({"name": name, "speaker": task["speaker"], **writer.append(**arrays), **clip})
     if not entry["clips"] and not entry["reason"]:
@@ -1287,7 +1291,7 @@ def finish(args, mel, entries, problems, writer):
     if not clips:
         for name in ("landmarks.npy", "mel.npy", "audio.npy", "journal.jsonl"):
             (out / name).unlink(missing_ok=True)
-        detail = next((f"{entry['path']}: {entry['detail']}" for entry in entries if entry["detail"]), "See the report")
+        detail = next((f"{Path(entry['path']).name}: {entry['detail']}" for entry in entries if entry["detail"]), "")
         raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. {detail} (all of them: "
                         f"{out / 'report.csv'})")
     assign_splits(clips, args.test_speakers)
@@ -1340,7 +1344,7 @@ def facts(out, meta, clips, entries):
         moved |= (x != x[0]).reshape(-1, 136).any(0)
         width = np.median(interocular(x))
         if clip["split"] == "train":
-            widths.append(np.median(np.abs(x[:, 45, 0] - x[:, 36, 0])))
+            widths.append(np.median(np.linalg.norm(x[:, 36:42].mean(1) - x[:, 42:48].mean(1), axis=-1)))  # of the eyes' centres
         if len(x) > 2:
             jitter.append(np.median(np.linalg.norm(x[1:-1] - (x[:-2] + x[2:]) / 2, axis=-1)) / width)
         before, energy = energy, loudness(sound, len(x), fps)
@@ -1380,9 +1384,10 @@ def lagged(opening, energy, lag):
 
 
 def warnings_about(correlation, chance, late, moved, clips):
-    if np.nanmax(correlation, initial=-1) < max(0.15, (chance if np.isfinite(chance) else 0) + 0.05):
+    long_enough = sum(clip["frames"] for clip in clips) >= 500                   # a sentence or two can do anything
+    if long_enough and np.nanmax(correlation, initial=-1) < max(0.15, np.nan_to_num(chance) + 0.03):
         yield "the mouths do not follow this sound: is it the right sound for these faces?"
-    elif abs(late) >= 2:
+    elif long_enough and abs(late) >= 2:
         yield (f"the sound seems {abs(late)} frames {'late' if late > 0 else 'early'}. The same command with --audio-offset "
                f"{late} moves it, without reading anything again")
     if not moved.all():
@@ -1396,7 +1401,8 @@ def warnings_about(correlation, chance, late, moved, clips):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, epilog="Licences: GRID is CC BY 4.0 "
+                                "(name its authors); " + "; ".join(f"{name}: {e[-1]}" for name, e in EXTRACTORS.items()))
     p.add_argument("sources", nargs="+", metavar="SRC", help="videos, or landmarks with sound (NAME.npz, or NAME.wav "
                    'with NAME.npy or an OpenFace NAME.csv), or folders of them; or the word "synthetic"')
     p.add_argument("--out", required=True, help="the training folder to write; the same command again goes on")

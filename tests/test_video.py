@@ -241,12 +241,12 @@ def test_ctrl_c_stops_at_once_and_the_run_goes_on_afterwards(tmp_path):
 
 def test_a_long_video_is_read_in_parts_that_together_are_the_whole(tmp_path, monkeypatch):
     rgb, sound = pictures("s1/bbaf2n.mpg")
-    rgb, sound = np.concatenate([rgb, rgb[::-1]] * 2), np.concatenate([sound[:48000]] * 4)
-    write_video(tmp_path / "long.mp4", rgb, np.arange(300) / 25, sound)
-    monkeypatch.setattr(prepare_data, "TAKE", 4.0)
+    rgb, sound = np.concatenate([rgb, rgb[::-1]]), np.concatenate([sound[:48000]] * 2)
+    write_video(tmp_path / "long.mp4", rgb, np.arange(150) / 25, sound)
+    monkeypatch.setattr(prepare_data, "TAKE", 3.0)
     monkeypatch.setattr(prepare_data.os.path, "getsize", lambda path: 10 ** 9)
     parts = prepare_data.parts_of(tmp_path / "long.mp4")
-    assert [p[0] for p in parts] == [0, 4]
+    assert [p[0] for p in parts] == [0, 3]
     whole = prepare_data.read_video_sound(tmp_path / "long.mp4")
     got = [prepare_data.read_video_sound(tmp_path / "long.mp4", part) for part in parts]
     assert abs(sum(len(g[0]) for g in got) - len(whole[0])) < 2200
@@ -257,7 +257,7 @@ def test_a_long_video_is_read_in_parts_that_together_are_the_whole(tmp_path, mon
         task = {"path": str(tmp_path / "long.mp4"), "part": part, "sound": "", "name": "long"}
         takes.append(prepare_data.read_video(task, OPTIONS | {"model": prepare_data.find_model("mediapipe", None)}))
     times = np.concatenate([take["times"] for take in takes])
-    assert len(times) == 300 and np.abs(np.diff(times) - 0.04).max() < 0.002
+    assert len(times) == 150 and np.abs(np.diff(times) - 0.04).max() < 0.002
 
 
 def test_ready_landmarks_take_the_sound_of_the_video_beside_them(tmp_path):
