@@ -208,7 +208,7 @@ def gated_causal_conv_reference(x, weight, bias, cond, dilation):
 
 
 def register_kernel(library):
-    """Gives torch.ops.<library>, built from csrc/, its shapes, gradient and autocast; returns it as a `gated_causal_conv`."""
+    """Gives torch.ops.<library>, built from csrc/, shapes, gradient and autocast; returns a `gated_causal_conv`."""
     ops, name = getattr(torch.ops, library), f"{library}::gated_conv"
 
     def fake(x, weight, bias, cond, dilation, save, version):
@@ -216,7 +216,8 @@ def register_kernel(library):
         return x.new_empty(B, H, T), x.new_empty(B if save else 0, 2 * H, T)  # y, pre-activation h
 
     def fake_backward(dy, h, x, weight, dilation, version):
-        return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1]), h.new_empty(h.shape)
+        return tuple(v.new_empty(size) for v, size in ((x, x.shape), (weight, weight.shape), (weight, weight.shape[:1]),
+                                                       (h, h.shape)))
 
     def setup_context(ctx, inputs, output):
         x, weight, bias, cond, ctx.dilation, _, ctx.version = inputs
@@ -272,21 +273,17 @@ def build_kernel():
     toolkit = find_toolkit()
     print(f"kernel: compiling csrc/ with {toolkit} into {built} (once, a minute or two)", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
+    flags = ["-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch's stable ABI as of 2.10
     before, cpp_extension.CUDA_HOME = os.environ.get("TORCH_CUDA_ARCH_LIST"), str(toolkit)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:  # our own, so a lock left by a killed build cannot hang this one
-        library = next(toolkit.glob("lib*/libcudart.so*"))
-        Path(folder, "libcudart.so").symlink_to(library)  # pip's wheels have only libcudart.so.13
+    # a folder of our own, so that a lock left by a killed build cannot hang this one
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        Path(folder, "libcudart.so").symlink_to(next(toolkit.glob("lib*/libcudart.so*")))  # wheels have only .so.13
         os.environ["TORCH_CUDA_ARCH_LIST"] = arch  # torch fails to choose one where no GPU is visible
         try:
-            cpp_extension.load(
-                "talkingflow",
-                [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")],
-                extra_cflags=["-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
-                extra_cuda_cflags=["-O3"],
-                extra_ldflags=[f"-L{folder}"],
-                build_directory=folder,
-                is_python_module=False,
-            )
+            sources = [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")]
+            cpp_extension.load("talkingflow", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"],
+                               extra_ldflags=[f"-L{folder}"], build_directory=folder,
+                               is_python_module=False)  # fmt: skip
         finally:
             os.environ.pop("TORCH_CUDA_ARCH_LIST") if before is None else os.environ.update(TORCH_CUDA_ARCH_LIST=before)
         os.replace(Path(folder, "talkingflow.so"), built)  # whole or not at all, however many processes build
@@ -295,22 +292,25 @@ def build_kernel():
 def load_kernel():
     """The fused CUDA operator of csrc/ as a function like `gated_causal_conv_reference`, or None: then that runs.
 
-    TALKINGFLOW_KERNEL=auto takes the operator where a GPU is visible, cuda builds it anywhere, torch never. The first call
-    says which, and why, in one line on stderr. Whatever fails is one warning and the PyTorch path.
+    TALKINGFLOW_KERNEL=auto takes the operator where a GPU is visible, cuda builds it anywhere, torch never. The first
+    call says which, and why, in one line on stderr. Whatever fails is one warning and the PyTorch path.
     """
     global _kernel
     if _kernel is None:
-        _kernel, choice = False, os.environ.get("TALKINGFLOW_KERNEL", "auto")
-        if choice not in ("auto", "cuda", "torch"):
+        choice = os.environ.get("TALKINGFLOW_KERNEL", "auto")
+        no_gpu = "" if torch.cuda.is_available() else "no GPU is visible"
+        why = {"torch": "TALKINGFLOW_KERNEL=torch", "cuda": "", "auto": no_gpu}
+        if choice not in why:
             raise UserError(f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it.")
-        why = "TALKINGFLOW_KERNEL=torch" if choice == "torch" else "this PyTorch has no CUDA" if torch.version.cuda is None else ""
-        why = why or ("no GPU is visible" if choice == "auto" and not torch.cuda.is_available() else "")
+        why = "this PyTorch has no CUDA" if torch.version.cuda is None and choice != "torch" else why[choice]
+        _kernel = False
         try:
             if not why:
                 build_kernel()
                 _kernel = register_kernel("talkingflow")
-            print(f"kernel: PyTorch ({why})" if why else "kernel: csrc/gated_conv.cu (fused CUDA operator)", file=sys.stderr)
-        except Exception as error:  # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
+            print("kernel:", f"PyTorch ({why})" if why else "csrc/gated_conv.cu (fused CUDA operator)", file=sys.stderr)
+        # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
+        except Exception as error:
             lines = str(error).splitlines() or [repr(error)]
             reason = next((line for line in lines if "error:" in line or "fatal" in line), lines[0])
             warnings.warn(f"kernel: PyTorch, because csrc/ could not be built or loaded: {reason[:300]}", stacklevel=2)

@@ -1,17 +1,17 @@
 // CUDA's execution model on a CPU, small enough to read: lets g++ compile gated_conv.cu and run it thread by thread.
 //
 //   grid of blocks    independent, in any order. Here: one after another.
-//   block of threads  share one piece of shared memory and can meet at __syncthreads(). Here: every thread is a fiber (its own
-//                     stack and program counter); a fiber runs until it finishes or waits, then the next one runs.
-//   warp              32 neighbouring threads that can read each other's registers (__shfl_down_sync). Here: lanes leave
-//                     their value in a mailbox, wait for the other 31, and read.
+//   block of threads  share one piece of shared memory and can meet at __syncthreads(). Here: every thread is a fiber
+//                     (its own stack and program counter) that runs until it finishes or waits, then the next one runs.
+//   warp              32 neighbouring threads that can read each other's registers (__shfl_down_sync). Here: lanes
+//                     leave their value in a mailbox, wait for the other 31, and read.
 //   shared memory     exactly as many bytes as the launch asked for, filled with NaN (0xFF), never with zeros.
 //
 // What real hardware leaves undefined stops the program here, with the line: threads of a block waiting at different
-// barriers, a thread that returns while others wait, part of a warp at a shuffle, more than 1024 threads or 48 KB per block,
-// a grid over the limits. The same binary under -fsanitize=address finds a read past a buffer or past shared memory; under
-// -fsanitize=thread, where each CUDA thread is a TSan fiber ordered by barriers alone, it finds a missing barrier and two
-// blocks that write one address.
+// barriers, a thread that returns while others wait, part of a warp at a shuffle, more than 1024 threads or 48 KB per
+// block, a grid over the limits. The same binary under -fsanitize=address finds a read past a buffer or past shared
+// memory; under -fsanitize=thread, where each CUDA thread is a TSan fiber ordered by barriers alone, it finds a missing
+// barrier and two blocks that write one address.
 //
 // CUDA_ON_CPU_ORDER = ascending | descending | shuffle:SEED   the order in which a block's threads take turns
 // CUDA_ON_CPU_BLOCKS = last                                   run only the last block (tests of 64-bit indices)
@@ -46,7 +46,7 @@ struct dim3 {
 };
 
 namespace cuda_on_cpu {
-#define UNTRACED __attribute__((no_sanitize("thread"), noinline))       // the scheduler must not show up in a race report
+#define UNTRACED __attribute__((no_sanitize("thread"), noinline))  // the scheduler must not show up in a race report
 constexpr size_t STACK_BYTES = 256 * 1024, SHARED_LIMIT = 48 * 1024;
 enum State { RUNS, AT_BARRIER, AT_SHUFFLE, FINISHED };
 
@@ -55,12 +55,14 @@ struct Thread {
     char* stack = nullptr;
     dim3 index;
     State state;
-    int line, barriers;                 // the line where it waits; how many barriers it has passed
-    uint64_t mail[4];                   // what it shows to the other lanes of its warp
-    void *tsan = nullptr, *asan = nullptr;              // what the sanitizers call this fiber
+    int line, barriers;           // the line where it waits; how many barriers it has passed
+    alignas(8) char mail[2][32];  // what it shows to the other lanes of its warp, in turns
+    unsigned exchanges;
+    void *tsan = nullptr, *asan = nullptr;  // what the sanitizers call this fiber
 };
 
-// ThreadSanitizer must see no order between blocks, so neighbouring blocks run on different fibers with clocks of their own.
+// ThreadSanitizer must see no order between blocks, so neighbouring blocks run on different fibers with clocks of their
+// own.
 #if defined(__SANITIZE_THREAD__)
 constexpr int CREWS = 4;
 #else
@@ -76,10 +78,12 @@ inline ucontext_t scheduler;
 inline dim3 block_index, block_size, grid_size;
 inline char* shared_memory = nullptr;
 inline const std::function<void()>* kernel_call = nullptr;
-inline void *scheduler_tsan = nullptr, *scheduler_asan = nullptr;       // the sanitizers' names for the scheduler's own stack
+inline void *scheduler_tsan = nullptr,
+            *scheduler_asan = nullptr;  // the sanitizers' names for the scheduler's own stack
 inline const void* scheduler_stack = nullptr;
 inline size_t scheduler_stack_bytes = 0;
-inline char clocks[CREWS][2], *barrier_clocks = clocks[0], begin_clock, end_clock;      // TSan orders memory by these addresses
+inline char clocks[CREWS][2], *barrier_clocks = clocks[0], begin_clock,
+                              end_clock;  // TSan orders memory by these addresses
 
 [[noreturn]] inline void fail(const char* what, int line = 0) {
     fprintf(stderr, "cuda_on_cpu: %s", what);
@@ -88,7 +92,7 @@ inline char clocks[CREWS][2], *barrier_clocks = clocks[0], begin_clock, end_cloc
     abort();
 }
 
-UNTRACED inline void resume(Thread& t) {                // scheduler -> thread
+UNTRACED inline void resume(Thread& t) {  // scheduler -> thread
     self = &t;
 #if defined(__SANITIZE_THREAD__)
     __tsan_switch_to_fiber(t.tsan, __tsan_switch_to_fiber_no_sync);
@@ -101,7 +105,7 @@ UNTRACED inline void resume(Thread& t) {                // scheduler -> thread
 #endif
 }
 
-UNTRACED inline void pause(State why, int line) {       // thread -> scheduler, until the scheduler resumes it
+UNTRACED inline void pause(State why, int line) {  // thread -> scheduler, until the scheduler resumes it
     Thread& t = *self;
     t.state = why;
     t.line = line;
@@ -130,8 +134,8 @@ UNTRACED inline void thread_main() {
     pause(FINISHED, 0);
 }
 
-// All threads of the block meet. Two clocks take turns: with one, a thread that rushes on to the next barrier would lend
-// its later work to threads still leaving this one, and TSan would miss races.
+// All threads of the block meet. Two clocks take turns: with one, a thread that rushes on to the next barrier would
+// lend its later work to threads still leaving this one, and TSan would miss races.
 UNTRACED inline void barrier(int line) {
 #if defined(__SANITIZE_THREAD__)
     char* const clock = &barrier_clocks[self->barriers++ % 2];
@@ -143,18 +147,24 @@ UNTRACED inline void barrier(int line) {
 #endif
 }
 
-// Every lane of the warp shows `value`, and reads lane `from`. CUDA promises no memory ordering here, so TSan gets none.
-template <class V> UNTRACED inline V from_lane(V value, unsigned from, int line) {
-    static_assert(sizeof(V) <= sizeof(Thread::mail), "a lane shows at most 32 bytes");
-    memcpy(self->mail, &value, sizeof(V));
-    pause(AT_SHUFFLE, line);                            // all 32 have written
-    const size_t lane = self - threads;
-    memcpy(&value, threads[lane / 32 * 32 + from % 32].mail, sizeof(V));
-    pause(AT_SHUFFLE, line);                            // all 32 have read
-    return value;
+// A warp's exchange: every lane shows a value, waits for the 31 others, and reads any lane's. Two mailboxes take turns,
+// so a lane may go on to the next exchange while others still read. CUDA promises no memory ordering here, so TSan gets
+// none.
+template <class V> UNTRACED inline void show(const V& value, int line) {
+    static_assert(sizeof(V) <= sizeof(Thread::mail) / 2, "a lane shows at most 32 bytes");
+    memcpy(self->mail[++self->exchanges % 2], &value, sizeof(V));
+    pause(AT_SHUFFLE, line);
+}
+template <class V> inline const V& shown_by(unsigned lane) {
+    return *reinterpret_cast<const V*>(threads[(self - threads) / 32 * 32 + lane % 32].mail[self->exchanges % 2]);
+}
+template <class V> UNTRACED inline V from_lane(V value, unsigned lane, int line) {
+    show(value, line);
+    return shown_by<V>(lane);
 }
 
-// Moves waiting threads on: a warp whose 32 lanes stand at one shuffle, or a block whose threads all stand at one barrier.
+// Moves waiting threads on: a warp whose 32 lanes stand at one shuffle, or a block whose threads all stand at one
+// barrier.
 UNTRACED inline bool release() {
     bool moved = false;
     size_t at_barrier = 0, finished = 0, barrier_line = 0;
@@ -186,7 +196,8 @@ UNTRACED inline bool release() {
 }
 
 UNTRACED inline void start(Thread& t, size_t i) {
-    if (!t.stack) t.stack = (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (!t.stack)
+        t.stack = (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (t.stack == MAP_FAILED) fail("no memory for a thread's stack");
 #if defined(__SANITIZE_THREAD__)
     if (!t.tsan) t.tsan = __tsan_create_fiber(0);
@@ -197,7 +208,7 @@ UNTRACED inline void start(Thread& t, size_t i) {
     makecontext(&t.context, (void (*)())thread_main, 0);
     t.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
     t.state = RUNS;
-    t.barriers = 0;
+    t.barriers = t.exchanges = 0;
 }
 
 UNTRACED inline void run_block(const std::vector<size_t>& order) {
@@ -214,7 +225,8 @@ inline std::vector<size_t> thread_order(size_t count) {
     for (size_t i = 0; i < count; ++i) order[i] = i;
     const char* wanted = getenv("CUDA_ON_CPU_ORDER");
     if (wanted && !strcmp(wanted, "descending")) std::reverse(order.begin(), order.end());
-    if (wanted && !strncmp(wanted, "shuffle:", 8)) std::shuffle(order.begin(), order.end(), std::mt19937(atoi(wanted + 8)));
+    if (wanted && !strncmp(wanted, "shuffle:", 8))
+        std::shuffle(order.begin(), order.end(), std::mt19937(atoi(wanted + 8)));
     return order;
 }
 
@@ -222,7 +234,8 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
     const std::lock_guard<std::mutex> one_at_a_time(launch_lock);
     const size_t count = (size_t)block.x * block.y * block.z;
     if (count < 1 || count > 1024) fail("a block needs 1 to 1024 threads");
-    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("grid out of range");
+    if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+        fail("grid out of range");
     if (bytes > SHARED_LIMIT) fail("more than 48 KB of shared memory");
     thread_count = count;
     block_size = block;
@@ -233,7 +246,8 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
 #endif
     const std::vector<size_t> order = thread_order(count);
     const char* which = getenv("CUDA_ON_CPU_BLOCKS");
-    const unsigned long long blocks = (unsigned long long)grid.x * grid.y * grid.z, first = which && !strcmp(which, "last") ? blocks - 1 : 0;
+    const unsigned long long blocks = (unsigned long long)grid.x * grid.y * grid.z,
+                             first = which && !strcmp(which, "last") ? blocks - 1 : 0;
     for (unsigned long long i = first; i < blocks; ++i) {
         threads = crews[i % CREWS];
         barrier_clocks = clocks[i % CREWS];
@@ -241,10 +255,10 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
         shared_memory = (char*)aligned_alloc(16, (bytes + 15) / 16 * 16);
         memset(shared_memory, 0xFF, bytes);
 #if defined(__SANITIZE_THREAD__)
-        __tsan_release(&begin_clock);                   // a block sees the launches before, and its shared memory
+        __tsan_release(&begin_clock);  // a block sees the launches before, and its shared memory
 #endif
         run_block(order);
-#if !defined(__SANITIZE_THREAD__)                       // under TSan blocks must not meet through a reused address
+#if !defined(__SANITIZE_THREAD__)  // under TSan blocks must not meet through a reused address
         free(shared_memory);
 #endif
     }
@@ -269,7 +283,7 @@ UNTRACED inline void* shared() { return shared_memory; }
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
     ((void)(stream), cuda_on_cpu::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
 
-// ---- The 16-bit types: storage only, converted by round-to-nearest-even -------------------------------------------------
+// ---- The 16-bit types: storage only, converted by round-to-nearest-even ---------------------------------------------
 struct __half {
     _Float16 bits;
 };
@@ -288,6 +302,38 @@ inline float __bfloat162float(__nv_bfloat16 v) {
 inline __nv_bfloat16 __float2bfloat16_rn(float f) {
     uint32_t wide;
     memcpy(&wide, &f, 4);
-    if (f != f) return {0x7fff};                        // CUDA's NaN
+    if (f != f) return {0x7fff};  // CUDA's NaN
     return {(uint16_t)((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
+}
+
+// ---- Tensor-core instructions, from their documented lane maps (PTX ISA, mma.m16n8k16 and ldmatrix) -----------------
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+inline void ldmatrix_x4(unsigned (&r)[4], const __nv_bfloat16* row) {
+    if ((uintptr_t)row % 16) cuda_on_cpu::fail("ldmatrix needs rows on 16-byte boundaries");
+    const unsigned lane = threadIdx.x % 32;
+    cuda_on_cpu::show(row, __LINE__);
+    for (unsigned m = 0; m < 4; ++m) {
+        r[m] =
+            reinterpret_cast<const unsigned*>(cuda_on_cpu::shown_by<const __nv_bfloat16*>(8 * m + lane / 4))[lane % 4];
+    }
+}
+
+inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    struct Fragments {
+        unsigned a[4], b[2];
+    };
+    const auto value = [](unsigned pair, int k) { return __bfloat162float({(uint16_t)(pair >> k % 2 * 16)}); };
+    const unsigned lane = threadIdx.x % 32;
+    cuda_on_cpu::show(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, __LINE__);
+    for (int e = 0; e < 4; ++e) {
+        const int column = lane % 4 * 2 + e % 2;
+        for (int k = 0; k < 16; ++k) {
+            const Fragments &fa = cuda_on_cpu::shown_by<Fragments>(lane / 4 * 4 + k % 8 / 2),
+                            &fb = cuda_on_cpu::shown_by<Fragments>(column * 4 + k % 8 / 2);
+            d[e] += value(fa.a[e / 2 + k / 8 * 2], k) * value(fb.b[k / 8], k);
+        }
+    }
 }

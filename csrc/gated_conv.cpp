@@ -1,7 +1,7 @@
-// The PyTorch binding of gated_conv.cu: schema, argument checks, memory, device and stream. Uses PyTorch's stable C ABI, so it
-// compiles in seconds and one build serves every later PyTorch. Shapes without data (fake), autograd and autocast are
-// registered from Python, in talkingflow.py. With -DCUDA_ON_CPU the same kernels become CPU operators (cuda_on_cpu.h) in a
-// library of their own, talkingflow_cpu: that is what the tests run on a machine without a GPU.
+// The PyTorch binding of gated_conv.cu: schema, argument checks, memory, device and stream. Uses PyTorch's stable C
+// ABI, so it compiles in seconds and one build serves every later PyTorch. Shapes without data (fake), autograd and
+// autocast are registered from Python, in talkingflow.py. With -DCUDA_ON_CPU the same kernels become CPU operators
+// (cuda_on_cpu.h) in a library of their own, talkingflow_cpu: that is what the tests run on a machine without a GPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -45,21 +45,27 @@ void check_tensor(const char* name, const Tensor& v, const Tensor& x, std::initi
         for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
         STD_TORCH_CHECK(false, "gated_conv: ", name, " has shape (", found, ") vs expected (", wanted, ")");
     }
-    STD_TORCH_CHECK(v.scalar_type() == x.scalar_type(), "gated_conv: ", name, " and x differ in dtype; cast them, or run under torch.autocast");
-    STD_TORCH_CHECK(v.is_cuda() == x.is_cuda() && v.get_device_index() == x.get_device_index(), "gated_conv: ", name, " and x are on different devices");
+    STD_TORCH_CHECK(v.scalar_type() == x.scalar_type(), "gated_conv: ", name,
+                    " and x differ in dtype; cast them, or run under torch.autocast");
+    STD_TORCH_CHECK(v.is_cuda() == x.is_cuda() && v.get_device_index() == x.get_device_index(), "gated_conv: ", name,
+                    " and x are on different devices");
 }
 
-// (B, channels, T) as the kernels read it: each batch item contiguous. A slice of channels passes as it is, others are copied.
+// (B, channels, T) as the kernels read it: each batch item contiguous. A slice of channels passes as it is, others are
+// copied.
 Tensor item_contiguous(const Tensor& v) {
-    const bool fits = v.numel() == 0 || ((v.stride(2) == 1 || v.size(2) == 1) && (v.stride(1) == v.size(2) || v.size(1) == 1));
+    const bool fits =
+        v.numel() == 0 || ((v.stride(2) == 1 || v.size(2) == 1) && (v.stride(1) == v.size(2) || v.size(1) == 1));
     return fits ? v : torch::stable::contiguous(v);
 }
 
 // Checks x and weight, makes both readable by the kernels, and describes them.
 Layer layer_of(Tensor& x, Tensor& weight, int64_t dilation) {
     STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "gated_conv: x must be (B, C, T) and weight (2H, C, K)");
-    STD_TORCH_CHECK(weight.size(0) % 2 == 0, "gated_conv: weight has ", weight.size(0), " rows vs an even number expected (values, then gates)");
-    STD_TORCH_CHECK(weight.size(2) >= 1 && dilation >= 1, "gated_conv: kernel size and dilation must be at least 1");
+    STD_TORCH_CHECK(weight.size(0) % 2 == 0, "gated_conv: weight has ", weight.size(0),
+                    " rows vs an even number expected (values, then gates)");
+    STD_TORCH_CHECK(weight.size(2) >= 1 && weight.size(2) <= 1024 && dilation >= 1,
+                    "gated_conv: kernel size must be 1 to 1024, dilation at least 1");
     check_tensor("weight", weight, x, {weight.size(0), x.size(1), weight.size(2)});
     for (const int64_t size : {x.size(0), x.size(1), x.size(2), weight.size(0), weight.size(2), dilation}) {
         STD_TORCH_CHECK(size < (int64_t(1) << 31), "gated_conv: a size of ", size, " is over 2^31 - 1");
@@ -75,13 +81,14 @@ Layer layer_of(Tensor& x, Tensor& weight, int64_t dilation) {
 
 int choose_version(int code, int64_t version, const Layer& n) {
     const int chosen = gated_conv_version(code, (int)version, &n);
-    STD_TORCH_CHECK(chosen > 0, "gated_conv: version ", version, " cannot run this: 1 takes everything, 2 needs kernel size and dilation whose tile fits "
+    STD_TORCH_CHECK(chosen > 0, "gated_conv: version ", version,
+                    " cannot run this: 1 takes everything, 2 needs kernel size and dilation whose tile fits "
                     "48 KB of shared memory, 3 also bfloat16 and a GPU of compute capability 8.0; 0 chooses");
     return chosen;
 }
 
-// The device of x is current while this lives (kernels would otherwise start on cuda:0), and its current stream is used, so
-// that PyTorch's streams, graphs and torch.compile order our work with theirs.
+// The device of x is current while this lives (kernels would otherwise start on cuda:0), and its current stream is
+// used, so that PyTorch's streams, graphs and torch.compile order our work with theirs.
 struct OnDevice {
 #ifdef CUDA_ON_CPU
     explicit OnDevice(const Tensor&) {}
@@ -95,8 +102,8 @@ struct OnDevice {
 #endif
 };
 
-std::tuple<Tensor, Tensor> forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> cond, int64_t dilation,
-                                      bool save, int64_t version) {
+std::tuple<Tensor, Tensor> forward_op(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> cond,
+                                      int64_t dilation, bool save, int64_t version) {
     Layer n = layer_of(x, weight, dilation);
     const int code = dtype_code(x);
     if (bias) {
@@ -111,19 +118,21 @@ std::tuple<Tensor, Tensor> forward_op(Tensor x, Tensor weight, std::optional<Ten
     const OnDevice device(x);
     Tensor y = torch::stable::new_empty(x, {n.B, n.H, n.T});
     Tensor h = torch::stable::new_empty(x, {save ? n.B : 0, 2 * n.H, n.T});
-    const char* problem = gated_conv_forward(code, choose_version(code, version, n), &n, x.data_ptr(), weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
-                                             cond ? cond->data_ptr() : nullptr, y.data_ptr(), save ? h.data_ptr() : nullptr, device.stream);
+    const char* problem = gated_conv_forward(
+        code, choose_version(code, version, n), &n, x.data_ptr(), weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
+        cond ? cond->data_ptr() : nullptr, y.data_ptr(), save ? h.data_ptr() : nullptr, device.stream);
     STD_TORCH_CHECK(!problem, "gated_conv: ", problem);
     return {y, h};
 }
 
 // Returns dx, dweight, dbias and dh, which is also the gradient of cond.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor h, Tensor x, Tensor weight, int64_t dilation, int64_t version) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor h, Tensor x, Tensor weight, int64_t dilation,
+                                                       int64_t version) {
     const Layer n = layer_of(x, weight, dilation);
     const int code = dtype_code(x);
     check_tensor("dy", dy, x, {n.B, n.H, n.T});
     check_tensor("h (kept only when save is true)", h, x, {n.B, 2 * n.H, n.T});
-    dy = torch::stable::contiguous(dy);                 // often expanded (from a sum) or a slice (from a cat)
+    dy = torch::stable::contiguous(dy);  // often expanded (from a sum) or a slice (from a cat)
     h = torch::stable::contiguous(h);
     const OnDevice device(x);
     Tensor dx = torch::stable::new_empty(x, {n.B, n.C, n.T}), dw = torch::stable::new_empty(x, {2 * n.H, n.C, n.K});
@@ -131,8 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor h, Tens
     const int chosen = choose_version(code, version, n);
     const ScalarType sum = code == 1 ? ScalarType::Double : ScalarType::Float;
     Tensor workspace = torch::stable::new_empty(x, {gated_conv_workspace(chosen, &n)}, sum);
-    const char* problem = gated_conv_backward(code, chosen, &n, dy.data_ptr(), h.data_ptr(), x.data_ptr(), weight.data_ptr(), dh.data_ptr(), dx.data_ptr(),
-                                              dw.data_ptr(), dbias.data_ptr(), workspace.data_ptr(), device.stream);
+    const char* problem = gated_conv_backward(code, chosen, &n, dy.data_ptr(), h.data_ptr(), x.data_ptr(),
+                                              weight.data_ptr(), dh.data_ptr(), dx.data_ptr(), dw.data_ptr(),
+                                              dbias.data_ptr(), workspace.data_ptr(), device.stream);
     STD_TORCH_CHECK(!problem, "gated_conv: ", problem);
     return {dx, dw, dbias, dh};
 }
@@ -143,8 +153,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor h, Tens
 #define IMPLEMENT(library, backend, m) STABLE_TORCH_LIBRARY_IMPL(library, backend, m)
 
 DEFINE(LIBRARY, m) {
-    m.def("gated_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? cond, int dilation, bool save, int version) -> (Tensor y, Tensor h)");
-    m.def("gated_conv_backward(Tensor dy, Tensor h, Tensor x, Tensor weight, int dilation, int version) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dh)");
+    m.def(
+        "gated_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? cond, int dilation, bool save, int version) -> "
+        "(Tensor y, Tensor h)");
+    m.def(
+        "gated_conv_backward(Tensor dy, Tensor h, Tensor x, Tensor weight, int dilation, int version) -> (Tensor dx, "
+        "Tensor dweight, Tensor dbias, Tensor dh)");
 }
 
 IMPLEMENT(LIBRARY, BACKEND, m) {

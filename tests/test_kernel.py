@@ -1,6 +1,6 @@
 """The fused operator of csrc/: every claim of its README that a machine can check, with a GPU or without one.
 
-Without a GPU the same gated_conv.cu runs thread by thread on the CPU (csrc/cuda_on_cpu.h), as a PyTorch operator: "emulated".
+Without a GPU the same gated_conv.cu runs thread by thread on the CPU (csrc/cuda_on_cpu.h): the backend "emulated".
 The oracle is gated_causal_conv_reference in float64. Errors are max |got - wanted| / max |wanted| per tensor.
 """
 
@@ -24,7 +24,7 @@ from talkingflow import gated_causal_conv_reference as reference
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-RUNS = [(v, t) for v in (1, 2) for t in TOLERANCE]  # (version, dtype)
+RUNS = [(v, t) for v in (1, 2) for t in TOLERANCE] + [(3, torch.bfloat16)]  # (version, dtype)
 NO_GXX = None if shutil.which("g++") else "no C++ compiler (g++) to compile the kernels for the CPU"
 NO_GPU = None if torch.cuda.is_available() else "no GPU is visible"
 needs_gxx = pytest.mark.skipif(NO_GXX is not None, reason=NO_GXX or "")
@@ -44,12 +44,13 @@ def toolkit():
     return Path(nvcc).parent.parent
 
 
-def compile_driver(folder, source=CSRC, flags=()):
-    """kernel_driver.cpp, which runs all kernels of `source`/gated_conv.cu against plain loops, as a program in `folder`."""
+def compile_driver(folder, source=CSRC, flags=(), version_3=True):
+    """kernel_driver.cpp as a program in `folder`: runs all kernels of `source`/gated_conv.cu against plain loops."""
     program = folder / "kernel_driver"
-    dtypes = "-DGATED_CONV_DTYPES(CASE)=CASE(0,float)CASE(3,__nv_bfloat16)"  # quicker to compile
-    command = ["g++", "-std=c++17", "-O1", dtypes, f"-I{source}", f"-I{CSRC}", *flags, "-o", program, "-x", "c++"]
-    done = subprocess.run([*command, ROOT / "tests" / "kernel_driver.cpp"], capture_output=True, text=True, check=False)
+    dtypes = "-DGATED_CONV_DTYPES(CASE)=CASE(0,float)" + "CASE(3,__nv_bfloat16)" * version_3  # quicker to compile
+    options = ["-std=c++17", "-O1", dtypes, f"-DVERSIONS={2 + version_3}", f"-I{source}", f"-I{CSRC}", *flags]
+    command = ["g++", *options, "-o", program, "-x", "c++", ROOT / "tests" / "kernel_driver.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return program
 
@@ -59,7 +60,9 @@ def run_driver(program, *args, tsan=False, order=None):
     command = ["setarch", "-R", program] if tsan and shutil.which("setarch") else [program]
     env = os.environ | ({"CUDA_ON_CPU_ORDER": order} if order else {})
     env["UBSAN_OPTIONS"], env["TSAN_OPTIONS"] = "print_stacktrace=0", "halt_on_error=1"
-    done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, errors="replace", timeout=120, check=False)
+    done = subprocess.run(
+        [*command, *args], env=env, capture_output=True, text=True, errors="replace", timeout=120, check=False
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -73,7 +76,11 @@ def emulated(tmp_path_factory):
     flags = ["-O2", "-DCUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     folder = str(tmp_path_factory.mktemp("emulated"))
     cpp_extension.load(
-        "talkingflow_cpu", [str(CSRC / "gated_conv.cpp")], extra_cflags=flags, is_python_module=False, build_directory=folder
+        "talkingflow_cpu",
+        [str(CSRC / "gated_conv.cpp")],
+        extra_cflags=flags,
+        is_python_module=False,
+        build_directory=folder,
     )
     return talkingflow.register_kernel("talkingflow_cpu")
 
@@ -106,7 +113,10 @@ def inputs(B, C, H, T, K, bias=True, cond=True, dtype=torch.float64, device="cpu
     g = torch.Generator().manual_seed(seed)
     shapes = (B, C, T), (2 * H, C, K), (2 * H,) if bias else None, (B, 2 * H, T) if cond else None
     scales = 1, max(C * K, 1) ** -0.5, 0.5, 1
-    made = [None if s is None else torch.randn(s, generator=g, dtype=torch.float64) * scale for s, scale in zip(shapes, scales)]
+    made = [
+        None if s is None else torch.randn(s, generator=g, dtype=torch.float64) * scale
+        for s, scale in zip(shapes, scales)
+    ]
     return [v if v is None else v.to(device, dtype).requires_grad_() for v in made]
 
 
@@ -142,7 +152,10 @@ def compare(kernel, tensors, dilation, tolerance, name, dy=None):
 
 def grid_of_shapes():
     """Every T with every K; the other sizes turn at their own pace, so that all pairs of neighbours meet."""
-    turn = [itertools.cycle(v) for v in ((1, 3, 2), (5, 8, 33, 1, 9), (3, 17, 1, 33), (1, 2, 8, 4, 64, 100, 3), (True, False, True))]
+    turn = [
+        itertools.cycle(v)
+        for v in ((1, 3, 2), (5, 8, 33, 1, 9), (3, 17, 1, 33), (1, 2, 8, 4, 64, 100, 3), (True, False, True))
+    ]
     for T, K in itertools.product((1, 2, 7, 8, 9, 31, 33, 64, 129), (1, 2, 3, 5)):
         B, C, H, d, bias = (next(v) for v in turn)
         yield B, C, H, T, K, d, bias, (T + K) % 3 > 0
@@ -156,8 +169,8 @@ def test_output_and_all_gradients_equal_the_float64_reference(backend, version, 
     version(number)
     for B, C, H, T, K, d, bias, cond in grid_of_shapes():
         name = f"B{B} C{C} H{H} T{T} K{K} d{d}"
-        if number == 3 and K * min(d, 64) > 128:
-            continue  # its tile does not fit in shared memory: version 2 takes these
+        if number == 3 and (64 * (K + 1) + (K - 1) * min(d, 64) > 614 or B > 3):
+            continue  # the tile does not fit in shared memory: version 2 takes these (or too slow to emulate)
         compare(backend.kernel, inputs(B, C, H, T, K, bias, cond, dtype, backend.device), d, TOLERANCE[dtype], name)
 
 
@@ -202,7 +215,12 @@ def test_strided_expanded_and_misaligned_inputs(backend):
             "x a slice of time": (long[:, :6, 3:14], w, b, c),
             "x every other frame": (long[:, :6, 1::2], w, b, c),
             "x expanded": (x.detach()[:1].expand(3, 6, 11), w, b, c),
-            "x one element off alignment": (torch.cat([x.detach().flatten()[:1], x.detach().flatten()])[1:].view_as(x), w, b, c),
+            "x one element off alignment": (
+                torch.cat([x.detach().flatten()[:1], x.detach().flatten()])[1:].view_as(x),
+                w,
+                b,
+                c,
+            ),
             "weight permuted": (x, w.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0), b, c),
             "bias strided": (x, w, torch.randn(20, device=backend.device, dtype=dtype)[::2], c),
             "cond a slice of channels": (x, w, b, torch.randn(3, 30, 11, device=backend.device, dtype=dtype)[:, 10:20]),
@@ -226,7 +244,9 @@ def test_nan_and_inf_stay_where_they_are(backend, version):
             x[1, 8, 20], w[3] = bad, 0  # 0 * inf is nan, as in the reference
             c[0, 2, 7] = bad
         dy = torch.ones(2, 5, 40, device=backend.device)
-        for got, wanted in zip(gradients(backend.kernel, [x, w, b, c], 4, dy), gradients(reference, [x, w, b, c], 4, dy)):
+        for got, wanted in zip(
+            gradients(backend.kernel, [x, w, b, c], 4, dy), gradients(reference, [x, w, b, c], 4, dy)
+        ):
             assert torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.isinf(), wanted.isinf())
             assert torch.allclose(got.nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0), atol=1e-5)
 
@@ -243,7 +263,9 @@ def test_no_output_sees_the_future_bit_for_bit(backend, version):
 
 
 def test_repeated_runs_and_thread_orders_give_the_same_bits(backend, version, monkeypatch):
-    orders = ["ascending", "descending", "shuffle:1", "shuffle:2", "shuffle:3"] if backend.device == "cpu" else ["gpu"] * 20
+    orders = (
+        ["ascending", "descending", "shuffle:1", "shuffle:2", "shuffle:3"] if backend.device == "cpu" else ["gpu"] * 20
+    )
     for number, dtype in RUNS:
         version(number)
         tensors = inputs(3, 9, 34, 70, 3, dtype=dtype, device=backend.device)
@@ -259,7 +281,12 @@ def test_repeated_runs_and_thread_orders_give_the_same_bits(backend, version, mo
 
 
 def test_opcheck(backend):
-    for dtype, save, B in ((torch.float32, True, 2), (torch.bfloat16, True, 2), (torch.float64, False, 2), (torch.float32, True, 0)):
+    for dtype, save, B in (
+        (torch.float32, True, 2),
+        (torch.bfloat16, True, 2),
+        (torch.float64, False, 2),
+        (torch.float32, True, 0),
+    ):
         x, w, b, c = inputs(B, 5, 3, 7, 2, dtype=dtype, device=backend.device)
         if not save:  # without the saved pre-activation there is no gradient
             x, w, b, c = (v.detach() for v in (x, w, b, c))
@@ -273,12 +300,16 @@ def test_opcheck(backend):
 def test_compiles_without_graph_breaks(backend, compiler):
     torch._dynamo.reset()
     scale = 1 if compiler == "inductor" else 2  # nothing but the operator: inductor has no C++ to compile
-    layer = torch.compile(lambda x, w, b, c: backend.kernel(x * scale if scale != 1 else x, w, b, c, 2), fullgraph=True, backend=compiler)
+    layer = torch.compile(
+        lambda x, w, b, c: backend.kernel(x * scale if scale != 1 else x, w, b, c, 2), fullgraph=True, backend=compiler
+    )
     for T in (9, 13, 17):  # the second shape makes T dynamic
         x, w, b, c = inputs(2, 5, 3, T, 2, dtype=torch.float32, device=backend.device)
         y, wanted = layer(x, w, b, c), reference(x * scale, w, b, c, 2)
         assert_close(y, wanted, 5e-6)
-        for got, exact in zip(torch.autograd.grad(y.sum(), (x, w, b, c)), torch.autograd.grad(wanted.sum(), (x, w, b, c))):
+        for got, exact in zip(
+            torch.autograd.grad(y.sum(), (x, w, b, c)), torch.autograd.grad(wanted.sum(), (x, w, b, c))
+        ):
             assert_close(got, exact, 5e-6)
 
 
@@ -357,7 +388,7 @@ def test_a_tile_too_large_for_shared_memory_falls_back_to_version_1(backend):
 
 
 def test_training_and_sampling_are_equal_through_either_backend(backend, monkeypatch):
-    """float32: negative log-likelihoods of 8 training steps within 2e-5 nats, samples within 2e-4 of the landmarks' unit."""
+    """float32: the losses of 8 training steps within 2e-5 nats, samples within 2e-4 of the landmarks' unit."""
 
     def train_and_sample(function):
         monkeypatch.setattr(talkingflow, "gated_causal_conv", function)
@@ -408,7 +439,9 @@ def load(monkeypatch, choice=None, **env):
 
 
 def test_import_builds_nothing_and_prints_nothing():
-    code = "import sys, talkingflow; assert 'torch.utils.cpp_extension' not in sys.modules and talkingflow._kernel is None"
+    code = (
+        "import sys, talkingflow; assert 'torch.utils.cpp_extension' not in sys.modules and talkingflow._kernel is None"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "kernel" not in run.stdout + run.stderr, run.stderr
 
@@ -418,7 +451,9 @@ def test_the_choice_is_said_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "kernel: PyTorch (TALKINGFLOW_KERNEL=torch)\n"
     if NO_GPU:
         assert load(monkeypatch) == (None, [])
-        assert re.fullmatch(r"kernel: PyTorch \((no GPU is visible|this PyTorch has no CUDA)\)\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            r"kernel: PyTorch \((no GPU is visible|this PyTorch has no CUDA)\)\n", capsys.readouterr().err
+        )
     with pytest.raises(talkingflow.UserError, match="TALKINGFLOW_KERNEL: gpu vs auto, cuda or torch"):
         load(monkeypatch, "gpu")
 
@@ -438,6 +473,9 @@ class TestLoaderOfACudaBuild:
 
     def test_no_compiler(self, monkeypatch, tmp_path):
         toolkit()
+        monkeypatch.setattr(talkingflow, "__file__", str(tmp_path / "talkingflow.py"))
+        shutil.copytree(CSRC, tmp_path / "csrc")
+        (tmp_path / "csrc" / "gated_conv.cu").write_text("")  # nvcc is not what fails here
         assert "kernel: PyTorch" in fail_to_build(monkeypatch, tmp_path, CXX="/nowhere/g++")
 
     def test_no_ninja(self, monkeypatch, tmp_path):
@@ -470,7 +508,9 @@ class TestLoaderOfACudaBuild:
         for name in ("bin/nvcc", "lib/libcudart.so.13"):
             (home / name).parent.mkdir(parents=True)
             (home / name).touch()
-        monkeypatch.setattr(Path, "glob", lambda self, *a: [] if str(self) == "/usr/local" else list(self.rglob("libcudart.so*")))
+        monkeypatch.setattr(
+            Path, "glob", lambda self, *a: [] if str(self) == "/usr/local" else list(self.rglob("libcudart.so*"))
+        )
         monkeypatch.setattr(talkingflow.shutil, "which", lambda name: None)
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         for name in ("CUDA_HOME", "CUDA_PATH"):
@@ -479,7 +519,7 @@ class TestLoaderOfACudaBuild:
             assert talkingflow.find_toolkit() == home
 
     def test_builds_loads_and_registers_for_cuda_despite_a_stale_lock(self, tmp_path):
-        """The real thing, in a new process: torch.utils.cpp_extension compiles csrc/ (30 s) and the operators are there."""
+        """The real thing, in a new process: torch's cpp_extension compiles csrc/ and the operators are there (30 s)."""
         toolkit()
         cache = tmp_path / "talkingflow"
         cache.mkdir()
@@ -488,12 +528,18 @@ class TestLoaderOfACudaBuild:
             "import talkingflow, torch; assert talkingflow.load_kernel() is not None\n"
             "for op in ('gated_conv', 'gated_conv_backward'):\n"
             "    for key in ('CUDA', 'Meta', 'AutogradCUDA', 'AutocastCUDA')[: 4 if op == 'gated_conv' else 1]:\n"
-            "        assert torch._C._dispatch_has_kernel_for_dispatch_key('talkingflow::' + op, key), (op, key)\n"
+            "        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key('talkingflow::' + op, key), (op, key)\n"
             "print('ok')"
         )
-        env = os.environ | {"TALKINGFLOW_KERNEL": "cuda", "TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "8.0"}
+        env = os.environ | {
+            "TALKINGFLOW_KERNEL": "cuda",
+            "TORCH_EXTENSIONS_DIR": str(tmp_path),
+            "TORCH_CUDA_ARCH_LIST": "8.0",
+        }
         for _ in range(2):  # built, then from the cache
-            run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+            run = subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+            )
             assert run.returncode == 0 and run.stdout == "ok\n", run.stderr
             assert run.stderr.count("kernel: csrc/gated_conv.cu") == 1
         assert "compiling" not in run.stderr
@@ -535,12 +581,25 @@ ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 
 
 def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
-    """0 bytes of stack, 0 bytes spilled, at most 128 registers, in every kernel of every listed architecture (about 60 s)."""
+    """0 bytes of stack and of spills in every kernel, for every architecture (60 s); 128 registers, but for float64."""
     nvcc = toolkit() / "bin" / "nvcc"
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     wanted = [a for a in ARCHITECTURES if f"compute_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    command = [nvcc, "-O3", "-std=c++17", "-t", "2", *codes, "-Xptxas", "-v", "-c", "-o", tmp_path / "k.o", CSRC / "gated_conv.cu"]
+    command = [
+        nvcc,
+        "-O3",
+        "-std=c++17",
+        "-t",
+        "2",
+        *codes,
+        "-Xptxas",
+        "-v",
+        "-c",
+        "-o",
+        tmp_path / "k.o",
+        CSRC / "gated_conv.cu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report, name = {}, None
@@ -551,8 +610,8 @@ def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
             report[name] = [int(v) for v in found.groups()]
         if found := re.search(r"Used (\d+) registers", line):
             report[name].append(int(found[1]))
-    assert {a for _, a in report} == set(wanted) and len(report) >= 40 * len(wanted)
-    assert not {k: v for k, v in report.items() if v[:3] != [0, 0, 0] or v[3] > 128}
+    assert {a for _, a in report} == set(wanted) and len(report) >= 43 * len(wanted)
+    assert not {k: v for k, v in report.items() if v[:3] != [0, 0, 0] or v[3] > (255 if "Id" in k[0] else 128)}
     if set(wanted) < set(ARCHITECTURES):
         pytest.skip(f"clean for {wanted}; this nvcc does not know {set(ARCHITECTURES) - set(wanted)}")
 
@@ -593,7 +652,8 @@ def test_compute_sanitizer_is_clean(tool):
     if not shutil.which("compute-sanitizer"):
         pytest.skip("no compute-sanitizer on PATH")
     code = (
-        "import torch, talkingflow; k = talkingflow.load_kernel(); x = torch.randn(2, 9, 70, device='cuda', requires_grad=True)\n"
+        "import torch, talkingflow; k = talkingflow.load_kernel()\n"
+        "x = torch.randn(2, 9, 70, device='cuda', requires_grad=True)\n"
         "k(x, torch.randn(66, 9, 3, device='cuda'), None, None, 2).sum().backward(); torch.cuda.synchronize()"
     )
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]

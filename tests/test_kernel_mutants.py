@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 from test_kernel import CSRC, NO_GXX, compile_driver, run_driver
 
-FLAGS = {"run": ["-O0", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"], "tsan": ["-O0", "-fsanitize=thread"], "big": []}
-TILE_READY = "        __syncthreads();                                        // the tile is complete before anyone reads it\n"
-TILE_USED = "        __syncthreads();                                        // everyone has read it before it is overwritten\n"
+FLAGS = {
+    "run": ["-O0", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"],
+    "tsan": ["-O0", "-fsanitize=thread"],
+    "big": [],
+}
+TILE_READY = "__syncthreads();  // the tile is complete before anyone reads it"
+TILE_USED = "__syncthreads();  // everyone has read it before it is overwritten"
 
 MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("v2: no barrier between load and use", "tsan", TILE_READY, ""),
@@ -24,13 +28,13 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("dw: no barrier between use and the next load", "tsan", "        __syncthreads();\n    }\n#pragma unroll\n    for (int r = 0; r < 8", "    }\n#pragma unroll\n    for (int r = 0; r < 8"),
     ("dbias: no barrier before the last sum", "tsan", "    __syncthreads();\n    if (threadIdx.x == 0)", "    if (threadIdx.x == 0)"),
     ("dw: all splits write one place", "tsan", "(((long long)blockIdx.y * n.K + tile.k) * 2", "(((long long)0 * n.K + tile.k) * 2"),
-    ("v2: a block of times writes into the next", "tsan", "if (t >= n.T) continue;", "if (t > n.T) continue;"),
-    ("v2: a barrier only half a warp reaches", "run", TILE_READY, "        if (lane < 16) __syncthreads();\n"),
-    ("v2: threads return before a barrier", "run", TILE_READY, "        if (lane < 16) return;\n" + TILE_READY),
-    ("v2: more shared memory than a block has", "run", "DEPTH * tile_columns(n)) * element", "DEPTH * tile_columns(n)) * 16 * element"),
+    ("v2, v3: a block of times writes into the next", "tsan", "if (t >= n.T) return;\n    if (FORWARD)", "if (t > n.T) return;\n    if (FORWARD)"),
+    ("v2: a barrier only half a warp reaches", "run", TILE_READY, "if (lane < 16) __syncthreads();"),
+    ("v2: threads return before a barrier", "run", TILE_READY, "if (lane < 16) return;\n" + TILE_READY),
+    ("v2: more shared memory than a block has", "run", "shared_v2(n, sizeof(Sum<T>)), stream", "50000, stream"),
     ("v2: more rows of blocks than a grid has", "run", "(unsigned)ceil_div(n.H, HALF));", "(unsigned)ceil_div(n.H, HALF) + 65535);"),
     ("gate: more threads than a block has", "run", "ceil_div(plane, 256))), dim3(256)", "ceil_div(plane, 256))), dim3(2048)"),
-    ("v2: two different barriers", "run", TILE_READY, "        if (warp) {\n            __syncthreads();\n        } else {\n            __syncthreads();\n        }\n"),
+    ("v2: two different barriers", "run", TILE_READY, "if (warp) {\n__syncthreads();\n} else {\n__syncthreads();\n}"),
     ("dbias: a shuffle without all lanes", "run", "    for (int distance = 16;", "    if (lane < 16) for (int distance = 16;"),
     ("dbias: shuffles fold half a warp", "run", "distance = 16;", "distance = 8;"),
     ("v1: future and past exchanged", "run", "const int from = t - (n.K - 1 - k) * n.dilation;", "const int from = t - k * n.dilation;"),
@@ -43,9 +47,9 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("v2: dropped tail of the input channels", "run", "for (int d0 = 0; d0 < depth; d0", "for (int d0 = 0; d0 + DEPTH <= depth; d0"),
     ("v2: no end of the input channels", "run", "const bool inside = d0 + i < depth && t >= 0", "const bool inside = t >= 0"),
     ("v2: weights outside are left unset", "run", "STRIDE + r] = inside ? load(taps[k]) : A(0);", "STRIDE + r] = inside ? load(taps[k]) : ws[0];"),
-    ("v2: no channel guard at the store", "run", "if (low < 0) continue;", ""),
+    ("v2, v3: no channel guard at the store", "run", "if (low < 0) return;", ""),
     ("v2: gates taken from the values' rows", "run", "high(FORWARD ? n.H + low : low + HALF)", "high(FORWARD ? low : low + HALF)"),
-    ("v2: conditioning ignored", "run", "if (inside && cond) sum", "if (false) sum"),
+    ("v2, v3: conditioning ignored", "run", "    if (cond) sum += load", "    if (false) sum += load"),
     ("v2: slices of x read as contiguous", "run", "(FORWARD ? n.x_batch : 2LL * n.H * n.T)", "(FORWARD ? (long long)n.C * n.T : 2LL * n.H * n.T)"),
     ("v2: 16-byte reads off 16-byte addresses", "run", "STRIDE = ROWS + 4;", "STRIDE = ROWS + 3;"),
     ("v2: shared memory too small", "run", "DEPTH * tile_columns(n)) * element", "DEPTH * tile_columns(n) - 8) * element"),
@@ -53,6 +57,12 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("dw: the last chunk of a split is lost", "run", "q < chunks * (blockIdx.y + 1) / splits;", "q < chunks * (blockIdx.y + 1) / splits - 1;"),
     ("dw: frames after the last read as they lie", "run", "ci < n.C && t < n.T && t >= shift", "ci < n.C && t >= shift"),
     ("dw: partial sums in another order of axes", "run", "i % plane * n.K + i / plane", "i"),
+    ("v3: no barrier between load and use", "tsan", "        __syncthreads();\n        for (int k = 0;", "        for (int k = 0;"),
+    ("v3: no barrier between use and the next load", "tsan", "        __syncthreads();\n    }\n#pragma unroll\n    for (int j = 0; j < 4; ++j) {\n#pragma unroll\n        for (int e = 0; e < 4; ++e) {\n            const int r", "    }\n#pragma unroll\n    for (int j = 0; j < 4; ++j) {\n#pragma unroll\n        for (int e = 0; e < 4; ++e) {\n            const int r"),
+    ("v3: rows off 16-byte boundaries", "run", "STRIDE3 = DEPTH3 + 8;", "STRIDE3 = DEPTH3 + 2;"),
+    ("v3: halves of B exchanged", "run", "lane % 8 + lane / 16 * 8) * STRIDE3 + depth + lane / 8 % 2 * 8", "lane % 8 + lane / 8 % 2 * 8) * STRIDE3 + depth + lane / 16 * 8"),
+    ("v3: the second of a pair of channels unguarded", "run", "inside && d0 + i + 1 < depth", "inside"),
+    ("v3: dw, frames after the last read as they lie", "run", "o < 2 * n.H && t < n.T ? dh[", "o < 2 * n.H ? dh["),
     ("v1: 32-bit index of an output", "big", "    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;\n    if (i >= (long long)n.B * n.H", "    const int i = blockIdx.x * blockDim.x + threadIdx.x;\n    if (i >= (long long)n.B * n.H"),
     ("v2: 32-bit index of an input", "big", "load(in_b[(long long)(d0 + i) * n.T + t])", "load(in_b[(int)((unsigned)(d0 + i) * n.T + t)])"),
 ]  # fmt: skip
@@ -60,17 +70,24 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
 
 def try_mutant(mutant):
     """What the check said about it, in one line; None: it noticed nothing."""
-    _, check, old, new = mutant
+    name, check, old, new = mutant
     source = (CSRC / "gated_conv.cu").read_text()
-    assert source.count(old) >= 1, f"the text to mutate is gone: {old}"
+    place = re.compile(re.sub(r"(\\\s)+", r"\\s+", re.escape(old)))  # however it is wrapped
+    assert place.search(source), f"the text to mutate is gone: {old}"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "gated_conv.cu").write_text(source.replace(old, new, 1))
-        program = compile_driver(Path(folder), source=folder, flags=FLAGS[check])
+        (Path(folder) / "gated_conv.cu").write_text(place.sub(lambda _: "\n" + new, source, count=1))
+        program = compile_driver(Path(folder), source=folder, flags=FLAGS[check], version_3="v3" in name)
         args, order = (["big"] if check == "big" else []), ("ascending" if check == "tsan" else None)
         code, output = run_driver(program, *args, tsan=check == "tsan", order=order)
     if code == 0:
         return None
-    patterns = "runtime error: .*", r"ERROR: AddressSanitizer: [\w-]+", "ThreadSanitizer: data race", "cuda_on_cpu: .*", ".*expected.*"
+    patterns = (
+        "runtime error: .*",
+        r"ERROR: AddressSanitizer: [\w-]+",
+        "ThreadSanitizer: data race",
+        "cuda_on_cpu: .*",
+        ".*expected.*",
+    )
     found = next((m[0] for p in patterns if (m := re.search(p, output))), f"exit code {code}")
     return found.replace("ERROR: ", "").replace("runtime error", "UBSan")[:70]
 
