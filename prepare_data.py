@@ -151,7 +151,7 @@ def new_folder(out, force=False):
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file vs a folder. Choose another name")
     found = sorted(p.name for p in out.iterdir()) if out.exists() else []
-    if "meta.json" in found and not force:
+    if {"meta.json", "journal.jsonl"} & set(found) and not force:
         raise UserError(f"--out: {out} holds a training folder vs a new or empty one. "
                         f"Use --force to replace it, or another --out")
     ours = {f"{name}.npy" for name in ARRAYS} | {"meta.json", "meta.json.part", "journal.jsonl", "report.csv"}
@@ -1031,9 +1031,11 @@ def make_clips(take, options):
     points, times = take["points"], take["times"]
     if len(times) != len(points) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise Skip("frame times", f"{len(times)} times for {len(points)} frames, or not increasing")
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / options["fps"]
+    dt = np.diff(times)
+    step = float(np.median(dt)) if len(dt) else 1 / options["fps"]
     seconds = times[-1] - times[0] + step
-    missing = 1 - np.isfinite(points[:, 0, 0]).sum() / max(len(points), seconds / step)
+    lost = (dt[dt > 2.5 * step] / step - 1).sum()        # frames that are not even in the file; variable rates lose none
+    missing = 1 - np.isfinite(points[:, 0, 0]).sum() / (len(points) + lost)
     if seconds <= 20 and missing > 0.1:                  # one utterance: what is damaged in part is not trusted at all
         raise Skip("face missing in more than 10 % of the frames", f"{missing:.0%} of {seconds:.1f} s")
     clips, left_out = [], Counter()
@@ -1465,17 +1467,18 @@ def check(args):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         check(args)
         if args.sources == ["synthetic"]:
             print(synthetic(args.out, args.clips, args.seed, args.n_mels, args.fmin, args.fmax, args.level, args.force))
         else:
             print(prepare(args))
-    except UserError as e:
+    except (UserError, OSError) as e:
         if args.debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        line = e if isinstance(e, UserError) else (f"--out: {args.out} cannot be written ({e.strerror}) vs room for it. "
+                                                   f"Free some space")
+        print(f"error: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -1483,4 +1486,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))        # as gentle as Ctrl-C
     sys.exit(main())

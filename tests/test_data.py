@@ -208,6 +208,17 @@ def test_landmarks_are_resampled_through_their_frame_times(tmp_path, fps):
     assert np.array_equal(arrays["audio"], sound[round(clip["time"] * 16000):][:clip["audio_samples"]])
 
 
+def test_a_variable_frame_rate_is_not_taken_for_missing_faces(tmp_path):
+    points, times, sound = speech(6, fps=60)
+    keep = np.cumsum([0] + [2, 2, 4, 2, 2, 2, 4, 4] * 14)                        # 33 and 67 ms, 24 frames a second in the mean
+    write_clip(tmp_path / "in/a.npz", landmarks=points[keep], pts=times[keep], audio=sound)
+    write_clip(tmp_path / "in/b.npz", landmarks=np.delete(points[keep], range(30, 50), 0), audio=sound,
+               pts=np.delete(times[keep], range(30, 50)))                        # a sixth of the frames is not in the file
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
+    assert out.strip().split("\n")[-1] == "1 clips, 0.1 minutes, 1 skipped (face missing in more than 10 % of the frames: 1)"
+    assert load(tmp_path / "out")[0]["clips"][0]["frames"] >= 128
+
+
 def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
     points, times, sound = speech(30)
     points = points.copy()
@@ -378,6 +389,24 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(tmp_path, mon
     with pytest.raises(prepare_data.UserError, match="No space left.*goes on after 1 sources"):
         prepare_data.prepare(args)
     assert prepare_data.prepare(args).startswith("4 clips")
+
+
+def test_synthetic_talkers_do_not_replace_an_unfinished_folder(tmp_path, monkeypatch):
+    write_clip(tmp_path / "in/clip.npz")
+    monkeypatch.setattr(prepare_data, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 130
+    before = (tmp_path / "out/journal.jsonl").read_bytes()
+    _, err = prepare("synthetic", "--clips", 4, "--out", tmp_path / "out", rc=1)
+    assert "--force" in err and (tmp_path / "out/journal.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_for_the_synthetic_talkers_too(tmp_path, monkeypatch):
+    def full(self, a):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_data.GrowingArray, "append", full)
+    _, err = prepare("synthetic", "--clips", 4, "--out", tmp_path / "out", rc=1)
+    assert err.startswith("error: --out: ") and "No space left" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, error", [
