@@ -1,25 +1,25 @@
 """
-The whole experiment on any prepared data: the paper's Tables 1 and 2, its ablation, the rows without which no number means
-anything, and the listening test.
+The whole experiment on any prepared data: the paper's Tables 1 and 2, its ablation, the rows without which no number
+means anything, and the listening test.
 
-    python evaluate.py                        the synthetic talkers and the newest demo checkpoint; trains the other rows
+    python evaluate.py                        the synthetic talkers and the newest run; trains the other rows
     python evaluate.py --data data/grid-s1    any folder made by prepare_data.py
     python evaluate.py rating-page            a blind listening test as one .html file
     python evaluate.py rating-results FILES   mean opinion scores of the answers it collected
 
-Markdown goes to stdout, progress to stderr; results.json, figures and one cached file a row go to --out: a stopped run goes on.
-Reading order: metrics, SyncNet, held-out clips, anchor rows, flow rows, the four compared systems, tables, figures, ratings.
+Markdown goes to stdout, progress to stderr; results.json, figures and a cached file a row to --out: a stopped run goes
+on. Reading order: metrics, SyncNet, held-out clips, anchors, flows, compared systems, tables, figures, ratings.
 
-One rule for "truth": the held-out landmarks with the dequantisation noise the models are trained on (drawn once, by --seed; none
-on the synthetic talkers). A row is one or more tracks (K, N, T, D) for N held-out windows. "1 draw" is the first of them, "mean"
-the track that averages the draws frame by frame, "T=0" the flow's central track. These three are not the same thing: a perfect
-sampler is sqrt(2) further from the truth than the conditional mean it is centred on.
+One rule for "truth": the held-out landmarks with the dequantisation noise the models are trained on (drawn once, by
+--seed; none on the synthetic talkers). A row is one or more tracks (K, N, T, D) for N held-out windows. "1 draw" is the
+first of them, "mean" the track that averages the draws frame by frame, "T=0" the flow's central track. These are not
+the same thing: a perfect sampler is sqrt(2) further from the truth than the conditional mean it is centred on.
 
 [1] Liang et al.: TalkingFlow (the paper)      [2] Chung, Zisserman: Out of time: automated lip sync in the wild, 2016
-[3] Eskimez et al.: Generating talking face landmarks from speech, arXiv 1803.09803, code eeskimez/Talking-Face-Landmarks-from-Speech
-[4] Chen et al.: Hierarchical cross-modal talking face generation (ATNet), arXiv 1905.03820, code lelechen63/ATVGnet
-[5] Ji et al.: Audio-driven emotional video portraits (EVP), arXiv 2104.07452, code jixinya/EVP
-[6] Lu, Chai, Cao: Live Speech Portraits, ACM TOG 40(6), 2021, code YuanxunLu/LiveSpeechPortraits
+[3] Eskimez et al.: Generating talking face landmarks, arXiv 1803.09803; eeskimez/Talking-Face-Landmarks
+[4] Chen et al.: Hierarchical cross-modal talking face generation (ATNet), arXiv 1905.03820; lelechen63/ATVGnet
+[5] Ji et al.: Audio-driven emotional video portraits (EVP), arXiv 2104.07452; jixinya/EVP
+[6] Lu, Chai, Cao: Live Speech Portraits, ACM TOG 40(6), 2021; YuanxunLu/LiveSpeechPortraits
 [7] Gneiting, Raftery: Strictly proper scoring rules, prediction, and estimation, JASA 102, 2007
 [8] Soukupova, Cech: Real-time eye blink detection using facial landmarks, CVWW 2016
 """
@@ -51,8 +51,8 @@ import talkingflow
 from talkingflow import Config, UserError, mouth_opening
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Metrics. Tracks are (..., T, D) or (..., T, 68, 2), D = 136: x0 y0 x1 y1 ... of the 68 iBUG points. A metric of clips returns
-# one number a clip, (N,), so that `summary` can say how sure its mean is.
+# Metrics. Tracks are (..., T, D) or (..., T, 68, 2), D = 136: x0 y0 x1 y1 ... of the 68 iBUG points. A metric of clips
+# returns one number a clip, (N,), so that `summary` can say how sure its mean is.
 
 LIPS, EYES = slice(48, 68), (36, 45)
 
@@ -69,62 +69,66 @@ def interocular(track):
 
 
 def l_mor(track, truth):
-    """L_MOR (N,): mean |MOR - MOR of the truth| over frames, MOR = inner-lip gap / width. [1, Sec. 3.1] names it, its source was
-    not available: the definition is the usual one. Invariant to shift, turn and scale of either face."""
+    """L_MOR (N,): mean |MOR - MOR of the truth| over frames, MOR = inner-lip gap / width. [1, Sec. 3.1] names it, its
+    source was not available: the definition is the usual one. Invariant to shift, turn and scale of either face."""
     return np.abs(mouth_opening(points(track)) - mouth_opening(points(truth))).mean(-1)
 
 
 def mouth_correlation(track, truth):
-    """Pearson correlation over frames of the two mouth openings (N,); 0 for a mouth that does not move. It ignores a person's
-    resting mouth and range, so it can be read on strangers, where L_MOR cannot."""
+    """Pearson correlation over frames of the two mouth openings (N,); 0 for a mouth that does not move. It ignores a
+    person's resting mouth and range, so it can be read on strangers, where L_MOR cannot."""
     a, b = (mouth_opening(points(v)) for v in (track, truth))
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     return (a * b).sum(-1) / np.maximum(np.sqrt((a**2).sum(-1) * (b**2).sum(-1)), 1e-9)
 
 
 def landmark_distance(track, truth, part=slice(None)):
-    """LMD (N,): mean distance of corresponding points, over frames and points, in interocular distances (face: all points, mouth:
-    48-67). [4] sums over the points of re-detected images; [5] has the mean of M-LD and F-LD."""
+    """LMD (N,): mean distance of corresponding points, over frames and points, in interocular distances (face: all
+    points, mouth: 48-67). [4] sums over the points of re-detected images; [5] has the mean of M-LD and F-LD."""
     gap = np.linalg.norm(points(track)[..., part, :] - points(truth)[..., part, :], axis=-1)
     return gap.mean((-2, -1)) / interocular(truth)
 
 
 def velocity_distance(track, truth, fps, part=slice(None)):
-    """LVD (N,): mean distance of corresponding points' velocities, in interocular distances a second (M-LVD, F-LVD of [5])."""
+    """LVD (N,): mean distance of corresponding points' velocities, in interocular distances a second (M-LVD, F-LVD of
+    [5])."""
     gap = np.linalg.norm(np.diff(points(track) - points(truth), axis=-3)[..., part, :], axis=-1)
     return gap.mean((-2, -1)) * fps / interocular(truth)
 
 
 def energy_score(draws, truth):
-    """Fair energy score [7]: E|X - y| - E|X - X'| / 2 of draws (K, N, T, n) against truth (N, T, n), a norm over n in every frame,
-    mean over frames -> (N,). The multivariate CRPS: least for the true distribution; for one draw it is the distance itself.
-    Fair: the second mean leaves out a draw's distance to itself, so K does not change the expectation."""
+    """Fair energy score [7]: E|X - y| - E|X - X'| / 2 of draws (K, N, T, n) against truth (N, T, n), a norm over n in
+    every frame, mean over frames -> (N,). The multivariate CRPS: least for the true distribution; for one draw it is
+    the distance itself. Fair: the second mean leaves out a draw's distance to itself, so K does not change the
+    expectation."""
     K = len(draws)
     near = np.mean([np.linalg.norm(x - truth, axis=-1).mean(-1) for x in draws], 0)
     return near if K == 1 else near - pairwise_distance(draws) / 2
 
 
 def pairwise_distance(draws):
-    """Diversity: mean distance, a norm over the last axis, between two of K draws (K, N, T, n) of the same sound -> (N,)."""
+    """Diversity: mean distance, a norm over the last axis, between two of K draws (K, N, T, n) of the same sound ->
+    (N,)."""
     pairs = [np.linalg.norm(draws[i] - draws[j], axis=-1).mean(-1) for i in range(len(draws)) for j in range(i)]
     return np.mean(pairs, 0)
 
 
 def coverage(draws, truth, share):
-    """Share of frames in which truth (N, T) lies in the central interval of `share` of the draws (K, N, T) -> (N,). The ends are
-    read at rank p (K + 1), so that a calibrated sampler covers `share` for finite K too (K >= 19 for 90 %)."""
+    """Share of frames in which truth (N, T) lies in the central interval of `share` of the draws (K, N, T) -> (N,). The
+    ends are read at rank p (K + 1), so that a calibrated sampler covers `share` for finite K too (K >= 19 for 90 %)."""
     low, high = np.quantile(draws, [(1 - share) / 2, (1 + share) / 2], axis=0, method="weibull")
     return ((truth >= low) & (truth <= high)).mean(-1)
 
 
 def best_of(distances):
-    """Distance of the best of K draws (K, N) -> (N,). Any spread lowers it, plain noise too: read it beside the noise row."""
+    """Distance of the best of K draws (K, N) -> (N,). Any spread lowers it, plain noise too: read it beside the noise
+    row."""
     return distances.min(0)
 
 
 def frechet(mean1, cov1, mean2, cov2):
-    """Frechet distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Clips drawn with replacement raise it, so
-    its bootstrap interval lies too high: results.json has it, the table does not."""
+    """Frechet distance of two Gaussians: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). Clips drawn with replacement
+    raise it, so its bootstrap interval lies too high: results.json has it, the table does not."""
     values, vectors = np.linalg.eigh(cov1)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov2 @ root).clip(0)).sum()
@@ -132,8 +136,8 @@ def frechet(mean1, cov1, mean2, cov2):
 
 
 def motion_features(track, truth, components=8):
-    """Features for `frechet` (N, T - 1, 2 components): principal components of the truth's frames and their velocities, each in
-    units of the truth's own standard deviation."""
+    """Features for `frechet` (N, T - 1, 2 components): principal components of the truth's frames and their velocities,
+    each in units of the truth's own standard deviation."""
     flat = truth.reshape(-1, truth.shape[-1])
     _, _, axes = np.linalg.svd(flat[:: max(1, len(flat) // 4000)] - flat.mean(0), full_matrices=False)
 
@@ -159,14 +163,14 @@ def frechet_of_moments(both):
 
 
 def roughness(track):
-    """Mean |second difference| over time of tracks (N, T, ...) -> (N,): what the eye sees as trembling. A row's jitter ratio is its
-    roughness over the truth's, for the head (centroid of all points) and the mouth opening."""
+    """Mean |second difference| over time of tracks (N, T, ...) -> (N,): what the eye sees as trembling. A row's jitter
+    ratio is its roughness over the truth's, for the head (centroid of all points) and the mouth opening."""
     return np.abs(np.diff(track, 2, axis=1)).mean(tuple(range(1, track.ndim)))
 
 
 def velocity_products(track):
-    """Lag-1 product and square of the velocity of tracks (N, T, n) -> (N, 2): their ratio is the velocity autocorrelation, 0.5 and
-    more for a gliding head, -0.5 for white noise."""
+    """Lag-1 product and square of the velocity of tracks (N, T, n) -> (N, 2): their ratio is the velocity
+    autocorrelation, 0.5 and more for a gliding head, -0.5 for white noise."""
     v = np.diff(track, axis=1)
     v = v - v.mean(1, keepdims=True)
     return np.stack([(v[:, 1:] * v[:, :-1]).sum((1, 2)), (v**2).sum((1, 2))], 1)
@@ -182,9 +186,11 @@ def velocity_autocorrelation(track):
 
 
 def blink_rate(track, fps):
-    """Blinks a minute (N,): how often the eye aspect ratio [8] of both eyes falls below 80 % of its median over the clip."""
+    """Blinks a minute (N,): how often the eye aspect ratio [8] of both eyes falls below 80 % of its median over the
+    clip."""
     p = points(track)
-    height = sum(np.linalg.norm(p[..., a, :] - p[..., b, :], axis=-1) for a, b in ((37, 41), (38, 40), (43, 47), (44, 46)))
+    height = sum(np.linalg.norm(p[..., a, :] - p[..., b, :], axis=-1) for a,
+                 b in ((37, 41), (38, 40), (43, 47), (44, 46)))
     width = sum(np.linalg.norm(p[..., a, :] - p[..., b, :], axis=-1) for a, b in ((36, 39), (42, 45)))
     aspect = height / (2 * np.maximum(width, 1e-6))  # (N, T)
     closed = aspect < 0.8 * np.median(aspect, -1, keepdims=True)
@@ -192,7 +198,8 @@ def blink_rate(track, fps):
 
 
 def power_spectrum(track):
-    """Mean power of tracks (N, T, n) at each frequency of the time axis (T // 2 + 1,), clip means removed, Hann window."""
+    """Mean power of tracks (N, T, n) at each frequency of the time axis (T // 2 + 1,), clip means removed, Hann
+    window."""
     v = (track - track.mean(1, keepdims=True)) * np.hanning(track.shape[1])[:, None]
     return (np.abs(np.fft.rfft(v, axis=1)) ** 2).mean((0, 2))
 
@@ -204,11 +211,14 @@ def auc(low, high):
 
 
 def summary(values, statistic=None, draws=1000, seed=0):
-    """Mean over clips, standard deviation over clips, and the 95 % interval of the mean when clips are drawn with replacement.
+    """Mean over clips, standard deviation over clips, and the 95 % interval of the mean when clips are drawn with
+    replacement.
 
-    values (N,), or (N, q) with a statistic of their mean (q,), such as a ratio of two sums -> {"mean", "sd", "low", "high"}."""
+    values (N,), or (N, q) with a statistic of their mean (q,), such as a ratio of two sums -> {"mean", "sd", "low",
+    "high"}."""
     values = np.asarray(values, np.float64)
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), draws) / len(values)
+    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)),
+                                                     draws) / len(values)
     means = counts @ values
     if statistic is None:
         mean, each = values.mean(), values
@@ -219,10 +229,11 @@ def summary(values, statistic=None, draws=1000, seed=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Landmark SyncNet [2], "modified" in [1] without saying how. Ours: five frames of the 20 lip points (minus their centroid, over
-# the clip's interocular distance: the opening stays) against 0.2 s of log-mel at 100 columns a second; two perceptrons to 64
-# numbers on the unit sphere; Euclidean distance d, loss d^2 for pairs and max(0, 1 - d)^2 for non-pairs. That margin puts truth
-# near 0.2 and strangers near 1.2, the scale of the paper's table. It learns real pairs of the training split only.
+# Landmark SyncNet [2], "modified" in [1] without saying how. Ours: five frames of the 20 lip points (minus their
+# centroid, over the clip's interocular distance: the opening stays) against 0.2 s of log-mel at 100 columns a second;
+# two perceptrons to 64 numbers on the unit sphere; Euclidean distance d, loss d^2 for pairs and max(0, 1 - d)^2 for
+# non-pairs. That margin puts truth near 0.2 and strangers near 1.2, the scale of the paper's table. It learns real
+# pairs of the training split only.
 
 
 class SyncNet(nn.Module):
@@ -231,9 +242,10 @@ class SyncNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.towers = nn.ModuleList(
-            nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 64))
+            nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(),
+                          nn.Dropout(0.2), nn.Linear(256, 64))
             for size in (self.FRAMES * 40, self.COLUMNS * self.BANDS)
-        )  # fmt: skip
+        )
         self.register_buffer("lip_scale", torch.zeros(2, 40))  # mean, standard deviation
         self.register_buffer("mel_scale", torch.zeros(2, self.BANDS))
 
@@ -246,13 +258,20 @@ class SyncNet(nn.Module):
         return F.normalize(self.towers[1](((mel - self.mel_scale[0]) / self.mel_scale[1]).flatten(-2)), dim=-1)
 
     def fit(self, lips, mel, steps, seed=0, batch=128):
-        """lips (N, T, 40), mel (N, 4T, 40) of real pairs. Non-pairs, as many as pairs: the same clip 5 to 50 frames off, or another."""
+        """lips (N, T, 40), mel (N, 4T, 40) of real pairs. Non-pairs, as many as pairs: the same clip 5 to 50 frames
+        off, or another."""
         generator = torch.Generator().manual_seed(seed)
-        self.lip_scale[:], self.mel_scale[:] = (torch.stack([v.mean((0, 1)), v.std((0, 1)) + 1e-6]) for v in (lips, mel))
+        self.lip_scale[:], self.mel_scale[:] = (torch.stack([v.mean((0, 1)), v.std((0, 1)) + 1e-6])
+                                                for v in (lips, mel))
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.05)
         N, T = lips.shape[:2]
-        draw = lambda low, high: torch.randint(low, high, (batch,), generator=generator)
-        take = lambda v, clip, first, count: v[clip[:, None], first[:, None] + torch.arange(count)]
+
+        def draw(low, high):
+            return torch.randint(low, high, (batch,), generator=generator)
+
+        def take(v, clip, first, count):
+            return v[clip[:, None], first[:, None] + torch.arange(count)]
+
         self.train()
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
@@ -261,7 +280,8 @@ class SyncNet(nn.Module):
             same = (far >= 0) & (far < T - 4) & (draw(0, 2) == 1)
             other, other_t = torch.where(same, clip, (clip + draw(1, N)) % N), torch.where(same, far, draw(0, T - 4))
             v = self.embed_lips(take(lips, clip, t, 5))
-            near, wrong = ((v - self.embed_sound(take(mel, i, 4 * first, 20))).norm(dim=-1) for i, first in ((clip, t), (other, other_t)))
+            near, wrong = ((v - self.embed_sound(take(mel, i, 4 * first, 20))).norm(dim=-1) for i,
+                           first in ((clip, t), (other, other_t)))
             loss = (near**2).mean() + ((1 - wrong).clamp_min(0) ** 2).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -277,7 +297,8 @@ class SyncNet(nn.Module):
         return (v[:, max(0, -shift) :][:, :n] - a[:, max(0, shift) :][:, :n]).norm(dim=-1)
 
     def check(self, lips, mel):
-        """AUC of held-out real pairs against another clip's sound: by clip (what the score is) and by five-frame window."""
+        """AUC of held-out real pairs against another clip's sound: by clip (what the score is) and by five-frame
+        window."""
         near, wrong = self.distances(lips, mel).numpy(), self.distances(lips, mel.roll(1, 0)).numpy()
         return {"auc": auc(near.mean(1), wrong.mean(1)), "auc_window": auc(near.ravel()[::7], wrong.ravel()[::7])}
 
@@ -295,8 +316,8 @@ def sync_score(net, track, mel):
 
 
 def sync_offset(net, track, mel, reach=15):
-    """(frames by which the sound must be moved to fit best, confidence): argmin and median - min of the mean distance over offsets
-    from -15 to 15, as in [2]. The truth must have 0."""
+    """(frames by which the sound must be moved to fit best, confidence): argmin and median - min of the mean distance
+    over offsets from -15 to 15, as in [2]. The truth must have 0."""
     reach = min(reach, track.shape[1] - 6)
     lips = lip_shapes(track)
     curve = [float(net.distances(lips, mel, shift).mean()) for shift in range(-reach, reach + 1)]
@@ -310,20 +331,21 @@ def sync_offset(net, track, mel, reach=15):
 class Held:
     """The windows that every row is scored on, and what a row may learn from: the training split of `clips`.
 
-    x (N, T, D): truth. sound(lead): log-mel (N, T, M), the same look-ahead for every row. fine: log-mel at four columns a frame,
-    computed here from the samples, for the SyncNet and the systems that want MFCC.
-    """
+    x (N, T, D): truth. sound(lead): log-mel (N, T, M), the same look-ahead for every row. fine: log-mel at four columns
+    a frame, computed here from the samples, for the SyncNet and the systems that want MFCC. """
 
     def __init__(self, clips, limit=64, seed=0, draws=20):
         self.clips, self.seed, self.draws, self.fps = clips, seed, draws, clips.fps
         self.config = dataclasses.replace(
-            Config(), **{"dim": clips.dim, "cond_dim": clips.cond_dim} | clips.meta.get("defaults", {}), seed=seed)  # fmt: skip
+            Config(), **{"dim": clips.dim, "cond_dim": clips.cond_dim} | clips.meta.get("defaults", {}), seed=seed)
         self.T, self.lead, self.noise = clips.window_length(self.config.seq_len), self.config.lead, self.config.noise
         self.split = "test" if clips.windows("test", self.T) else "val"
         self.windows = clips.windows(self.split, self.T, limit)
         if len(self.windows) < 2:
-            raise UserError(f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. Prepare more clips")
-        self.hear = talkingflow.Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps, sample_rate=clips.meta["sample_rate"])
+            raise UserError(f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. "
+                            f"Prepare more clips")
+        self.hear = talkingflow.Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps,
+                                    sample_rate=clips.meta["sample_rate"])
         self.columns = {}
         self.x = clips.batch(self.windows, self.T, 0, self.noise, torch.Generator().manual_seed(seed))[0].numpy()
         self.speakers = [clip["speaker"] for clip, _ in self.windows]
@@ -334,7 +356,8 @@ class Held:
         return self.clips.batch(self.windows, self.T, lead)[1]
 
     def fine(self, windows, T, lead=0):
-        """Log-mel (n, 4 (T + 6 + lead), 40) from six frames before each window to `lead` after it; a clip's ends are repeated."""
+        """Log-mel (n, 4 (T + 6 + lead), 40) from six frames before each window to `lead` after it; a clip's ends are
+        repeated."""
         rows = []
         for clip, s in windows:
             if clip["name"] not in self.columns:
@@ -362,8 +385,9 @@ class Held:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a row hands in to be scored: draws (K, N, T, D), and where it has them its central track (N, T, D), its NLL with the
-    clip's own and with another clip's sound (N,), nats per coordinate, its parameters and seconds, its latents' deviations."""
+    """What a row hands in to be scored: draws (K, N, T, D), and where it has them its central track (N, T, D), its NLL
+    with the clip's own and with another clip's sound (N,), nats per coordinate, its parameters and seconds, its
+    latents' deviations."""
 
     draws: np.ndarray
     central: np.ndarray = None
@@ -380,14 +404,15 @@ class Outcome:
 
 
 class VectorAutoregression:
-    """x_t = A_1 x_{t-1} + ... + A_p x_{t-p} + B s_t + b + e, fitted in closed form to x (N, T, D) and features s (N, T, S) of the
-    sound, or None: the line that a flow has to beat. Frame t < p has an order-t model. Only B is held back by `ridge`: the
-    landmarks' small directions are differences of nearly equal coordinates, and any ridge on A costs more than it saves."""
+    """x_t = A_1 x_{t-1} + ... + A_p x_{t-p} + B s_t + b + e, fitted in closed form to x (N, T, D) and features s (N, T,
+    S) of the sound, or None: the line that a flow has to beat. Frame t < p has an order-t model. Only B is held back by
+    `ridge`: the landmarks' small directions are differences of nearly equal coordinates, and any ridge on A costs more
+    than it saves."""
 
     def __init__(self, x, order, s=None, ridge=1e-2):
         self.mean, self.models, D = x.mean((0, 1), dtype=torch.float64), [], x.shape[2]
         for p in range(order + 1):
-            blocks = zip(x.split(64), s.split(64) if s is not None else [None] * len(x))
+            blocks = zip(x.split(64), s.split(64) if s is not None else [None] * len(x), strict=False)
             gram = sum(rows.T @ rows for rows in (self.rows(*block, p).flatten(0, 1) for block in blocks))
             count, sound = gram[-1, -1].clone(), slice((p + 1) * D, len(gram) - 1)
             gram[sound, sound] += ridge * torch.diag(gram[sound, sound].diagonal())
@@ -426,12 +451,14 @@ class VectorAutoregression:
 
 
 def vector_autoregression(x, held_out, order):
-    """Mean NLL, in nats per coordinate per frame, of held_out (N, T, D) under a VAR without sound fitted to x (N, T, D)."""
+    """Mean NLL, in nats per coordinate per frame, of held_out (N, T, D) under a VAR without sound fitted to x (N, T,
+    D)."""
     return float(VectorAutoregression(x, order).nll(held_out).mean())
 
 
 class SoundFeatures:
-    """The last seven mel columns (N, T, M), as ten principal components each -> (N, T, 70): small enough for closed forms."""
+    """The last seven mel columns (N, T, M), as ten principal components each -> (N, T, 70): small enough for closed
+    forms."""
 
     def __init__(self, c, components=10):
         self.mean = c.mean((0, 1))
@@ -452,7 +479,8 @@ def shifted(frames):
 
 
 def wrong_clip_row(held, job):
-    """A perfect face that speaks another clip's sound. Where clips share a sentence frame, as GRID's do, it is not at chance."""
+    """A perfect face that speaks another clip's sound. Where clips share a sentence frame, as GRID's do, it is not at
+    chance."""
     return {"": Outcome(np.roll(held.x, 1, 0)[None])}
 
 
@@ -465,7 +493,8 @@ def constant_row(over):
 
 
 def loudness_row(held, job):
-    """The face that least squares gives from one number a frame, the log energy between 500 and 4000 Hz, and its last six values."""
+    """The face that least squares gives from one number a frame, the log energy between 500 and 4000 Hz, and its last
+    six values."""
     mel = held.clips.meta["mel"]
     import librosa
 
@@ -484,7 +513,8 @@ def loudness_row(held, job):
 
 def noise_row(held, job):
     """The truth plus white noise of 1 % of the interocular distance: all that a shaking tracker adds."""
-    noise = np.random.default_rng(held.seed).normal(size=(held.draws, *held.x.shape)) * interocular(held.x)[:, None, None] * 0.01
+    noise = np.random.default_rng(held.seed).normal(size=(held.draws, *held.x.shape)) * interocular(held.x)[:, None,
+        None] * 0.01
     return {"": Outcome((held.x + noise).astype(np.float32), held.x)}
 
 
@@ -507,13 +537,14 @@ def var_row(order):
         draws = np.stack([model.sample(s, generator) for _ in range(held.draws)])
         return {"": Outcome(draws, model.sample(s, generator, 0.0), model.nll(truth, s), model.nll(truth, s.roll(1, 0)),
                             trained - clock, time.perf_counter() - trained,
-                            sum(A.numel() + chol.tril().count_nonzero().item() for A, chol in model.models))}  # fmt: skip
+                            sum(A.numel() + chol.tril().count_nonzero().item() for A, chol in model.models))}
 
     return row
 
 
 def exact_row(held, job):
-    """The synthetic talkers' own distribution: its mean given the sound, and draws from it, with its exact likelihood."""
+    """The synthetic talkers' own distribution: its mean given the sound, and draws from it, with its exact
+    likelihood."""
     import prepare_data
 
     talker, sound = prepare_data.Talker(), held.articulation()
@@ -525,19 +556,22 @@ def exact_row(held, job):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Flow rows: Configs that differ in one thing each, trained alike (steps, batch, seed, dropout, weight decay, lead, data start)
+# Flow rows: Configs that differ in one thing each, trained alike (steps, batch, seed, dropout, weight decay, lead, data
+# start)
 
-FLOWS = {  # name: (label, changes). One scale has one lambda, and as many steps as give about the parameters of four scales
+FLOWS = {  # name: (label, changes). One scale has one lambda, and as many steps as make up about the same parameters
     "baseline": ("Baseline: one scale, frame-wise nets, iid",
-                 {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 8, "kernel_size": 1, "dilations": (1,) * 4, "prior": "iid"}),
-    "tcn": ("+ ConditionTCN: one scale, iid", {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 6, "prior": "iid"}),
+                 {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 8, "kernel_size": 1, "dilations": (1,) * 4,
+                  "prior": "iid"}),
+    "tcn": ("+ ConditionTCN: one scale, iid", {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 6,
+                                               "prior": "iid"}),
     "iid": ("full, iid prior (the paper)", {"prior": "iid"}),
     "ar2-no-mean": ("full, ar2 without mean from sound", {"prior_mean": False}),
     "ar2": ("full, ar2", {}),
     "lambda-1": ("full, ar2, all lambda = 1", {"lambdas": (1.0,) * 4}),
     "no-audio": ("full, ar2, no audio", {}),
     "learned-lambda": ("full, ar2, learned lambda", {}),
-}  # fmt: skip
+}
 
 
 class Silence:
@@ -565,7 +599,8 @@ def learn_lambdas(trainer):
 def flow_row(name):
     def row(held, job):
         out, clips = job["out"] / "rows" / name, Silence(held.clips) if name == "no-audio" else held.clips
-        config = dataclasses.replace(held.config, **FLOWS[name][1], steps=job["steps"], eval_interval=max(1, job["steps"] // 4))
+        config = dataclasses.replace(held.config, **FLOWS[name][1], steps=job["steps"],
+                                     eval_interval=max(1, job["steps"] // 4))
         done = {"config": repr(config), "data": clips.meta["fingerprint"]}
         finished = json.loads((out / "done.json").read_text()) if (out / "done.json").is_file() else {}
         if finished.get("of") != done:  # trained weights outlive a change of --clips or --draws
@@ -586,12 +621,21 @@ def flow_row(name):
 
 
 def checkpoint_row(held, job):
-    """The trained run that was asked for, or the newest one: more steps than the rows above, so not a part of the ablation."""
+    """The trained run that was asked for, or the newest one: more steps than the rows above, so not a part of the
+    ablation."""
     flow, state = talkingflow.load_checkpoint(job["checkpoint"], held.device)
     if state["data"]["mel"] != held.clips.meta["mel"] or flow.config.dim != held.clips.dim:
-        raise UserError(f"{job['checkpoint']}: mel {state['data']['mel']} vs {held.clips.meta['mel']} in {held.clips.folder}. Evaluate it "
-                        f"on data prepared as its own, or pass another --checkpoint")  # fmt: skip
+        raise UserError(f"{job['checkpoint']}: mel {state['data']['mel']} vs {held.clips.meta['mel']} in "
+                        f"{held.clips.folder}. Evaluate it on data prepared as its own, or pass another --checkpoint")
     return score_flow(flow, held, None, with_central=True)
+
+
+@torch.no_grad()
+def nll_of(flow, x, c):
+    """NLL (N,) of clips x (N, T, D) given c (N, T, M), 32 at a time on the flow's device."""
+    device = flow.cond_mean.device
+    blocks = zip(x.split(32), c.split(32), strict=True)
+    return torch.cat([flow.nll(x.to(device), c.to(device)).cpu() for x, c in blocks])
 
 
 @torch.no_grad()
@@ -599,7 +643,10 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
     """Outcomes of a trained flow: its draws and, `with_central`, the temperature-0 track as a row of its own."""
     device, truth = held.device, torch.from_numpy(held.x)
     sound = held.sound(flow.config.lead) * (0.0 if deaf else 1.0)
-    nll = lambda c: torch.cat([flow.nll(*(v.to(device) for v in b)).cpu() for b in zip(truth.split(32), c.split(32))]).numpy()
+
+    def nll(c):
+        return nll_of(flow, truth, c).numpy()
+
     generator, clock = torch.Generator().manual_seed(held.seed), time.perf_counter()
     draws = np.stack([flow.sample(sound.to(device), 1.0, generator).cpu().numpy() for _ in range(held.draws)])
     spent = time.perf_counter() - clock
@@ -608,43 +655,49 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
     residual = (torch.cat(zs, 2) - flow.prior_mean(sound.to(device))).cpu()
     stds = [residual[..., part].std().item() for part in torch.arange(flow.config.dim).split(flow.sizes)]
     lambdas = [part.mean().item() for part in flow.prior.variance.cpu().split(flow.sizes)]
-    whole = Outcome(draws, central, nll(sound), nll(sound.roll(1, 0)), seconds, spent, sum(p.numel() for p in flow.parameters()),
-                    {"std": stds, "lambda": lambdas})  # fmt: skip
+    whole = Outcome(draws, central, nll(sound), nll(sound.roll(1, 0)), seconds, spent,
+                    sum(p.numel() for p in flow.parameters()),
+                    {"std": stds, "lambda": lambdas})
     return {"": whole} | ({", temperature 0": Outcome(central[None])} if with_central else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The four compared systems, from their papers and released code, in our words and on our features. What differs from a release
-# is said in DEVIATIONS, which is printed under the table.
+# The four compared systems, from their papers and released code, in our words and on our features. What differs from a
+# release is said in DEVIATIONS, which is printed under the table.
 
-SMALL = 8  # the releases' widths over this on a CPU; 1 with --release-sizes
+SMALL = 8  # the releases' widths over this on a CPU, their LSTMs' over 2; 1 with --release-sizes
 
-DEVIATIONS = {
-    "all": "Tracks are this project's: face box, head motion kept, identity kept; every system hears the same look-ahead as the flows "
-           "instead of its own delay; Adam at 1e-3 with a cosine, best of 8 validations, instead of days at the release's rate; widths "
-           "are the release's over {size}. Test-time edits of the releases (mouth amplification, smoothing) are left out",
-    "eskimez": "40 mel bands of 64 ms in place of 64 of 40 ms; no alignment by the eyes and no identity removal; no delayed target",
-    "chen": "MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components in place of 6, because these "
-            "faces keep their head motion, which takes the first ones; the example is the window's own first true frame, so this row is "
-            "told the person's face",
-    "ji": "68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion branch learns with the rest "
-          "and its code is whatever lowers the loss; without labels and aligned sentence pairs there is no classifier and no "
-          "cross-reconstruction to pre-train on; the example is the mean face, as released",
-    "lu": "two mel columns in place of the frozen APC features and their projection; lips and chin in the plane of the mean face in "
-          "place of 25 points in 3-D; the head is the plane's affine map (6 numbers and 6 velocities) in place of 3-D pose; sampled "
-          "with sigma times 0.3, as released",
-}  # fmt: skip
+DEVIATIONS = {name: " ".join(text.split()) for name, text in {
+    "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the same
+        look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8 validations, half as
+        many steps as the flows, instead of days at the release's rate; widths are the release's over {size} (LSTMs
+        over 2 where that is not 1). Test-time edits of the releases (mouth amplification, smoothing) are left out""",
+    "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no identity
+        removal; no delayed target""",
+    "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components in place of
+        6, because these faces keep their head motion, which takes the first ones; the example is the window's own first
+        true frame, so this row is told the person's face""",
+    "ji": """68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion branch learns
+        with the rest and its code is whatever lowers the loss; without labels and aligned sentence pairs there is no
+        classifier and no cross-reconstruction to pre-train on; the example is the mean face, as released""",
+    "lu": """two mel columns in place of the frozen APC features and their projection; lips and chin in the plane of the
+        mean face in place of 25 points in 3-D; the head is the plane's affine map (6 numbers and 6 velocities) in place
+        of 3-D pose; sampled with sigma times 0.3, as released""",
+}.items()}
 
 
 class SigmoidLSTM(nn.Module):
-    """Keras' LSTM(activation="sigmoid", dropout=.2, recurrent_dropout=.2), as [3] stacks it: x (B, T, C) -> (B, T, H) in 0..1."""
+    """Keras' LSTM(activation="sigmoid", dropout=.2, recurrent_dropout=.2), as [3] stacks it: x (B, T, C) -> (B, T, H)
+    in 0..1."""
 
     def __init__(self, inputs, H, dropout=0.2):
         super().__init__()
         self.inputs, self.recurrent, self.dropout = nn.Linear(inputs, 4 * H), nn.Linear(H, 4 * H, bias=False), dropout
 
     def forward(self, x):
-        drop = lambda *size: F.dropout(x.new_ones(size), self.dropout, self.training)  # one mask for all frames
+        def drop(*size):  # one mask for all frames
+            return F.dropout(x.new_ones(size), self.dropout, self.training)
+
         cell = h = x.new_zeros(len(x), self.recurrent.in_features)
         mask, out = drop(*h.shape), []
         for frame in self.inputs(x * drop(len(x), 1, x.shape[2])).unbind(1):
@@ -656,21 +709,25 @@ class SigmoidLSTM(nn.Module):
 
 
 class Eskimez(nn.Module):
-    """[3]: deltas of log-mel and three past frames -> four sigmoid LSTMs, the last of which is the face; mean squared error."""
+    """[3]: deltas of log-mel and three past frames -> four sigmoid LSTMs, the last of which is the face; mean squared
+    error."""
 
     T, count = None, 8  # frames and windows a step
 
     def __init__(self, held, x, c, size):
         super().__init__()
-        H, M = 1024 // size, c.shape[2]
+        H, M = 256 // min(size, 2), c.shape[2]
         self.scale = c.std((0, 1)).repeat(2)
-        self.layers = nn.Sequential(SigmoidLSTM(8 * M, H), SigmoidLSTM(H, H), SigmoidLSTM(H, H), SigmoidLSTM(H, x.shape[2]))
+        self.layers = nn.Sequential(SigmoidLSTM(8 * M, H), SigmoidLSTM(H, H), SigmoidLSTM(H, H),
+                                    SigmoidLSTM(H, x.shape[2]))
         with torch.no_grad():  # starts at a face: the output gate's bias is the mean face, over the cell's resting 0.73
             D = x.shape[2]
             self.layers[3].inputs.bias[2 * D : 3 * D] = (x.mean((0, 1)) / 0.73).clamp(0.02, 0.98).logit()
 
     def forward(self, c):
-        past = lambda v, i: torch.cat([v[:, :1].expand(-1, i, -1), v[:, : v.shape[1] - i]], 1)
+        def past(v, i):
+            return torch.cat([v[:, :1].expand(-1, i, -1), v[:, : v.shape[1] - i]], 1)
+
         delta = c - past(c, 1)
         both = torch.cat([delta, delta - past(delta, 1)], 2) / self.scale.to(c.device)
         return self.layers(torch.cat([past(both, i) for i in range(4)], 2))
@@ -713,7 +770,8 @@ def perceptron(*sizes):
 
 
 class Chen(nn.Module):
-    """[4] ATNet: MFCC patches (28, 12) -> convolutions -> 256; an example face's PCA code -> 512; three LSTMs -> PCA codes."""
+    """[4] ATNet: MFCC patches (28, 12) -> convolutions -> 256; an example face's PCA code -> 512; three LSTMs -> PCA
+    codes."""
 
     T, count, example_is_truth = 17, 16, True  # the frame before the clip and 16 frames
 
@@ -723,11 +781,13 @@ class Chen(nn.Module):
         k = torch.arange(1, 13)[:, None] * (torch.arange(SyncNet.BANDS) + 0.5) * math.pi / SyncNet.BANDS
         self.register_buffer("dct", (2 / SyncNet.BANDS) ** 0.5 * k.cos())  # cepstra 1..12, c0 dropped
         self.sound = nn.Sequential(
-            convolutions((1, w), (w, 2 * w), ("pool", 3, (1, 2)), (2 * w, 4 * w), (4 * w, 4 * w), (4 * w, 8 * w), ("pool", 3, (2, 2))),
-            perceptron(192 * w, 32 * w, 256))  # fmt: skip
+            convolutions((1, w), (w, 2 * w), ("pool", 3, (1, 2)), (2 * w, 4 * w), (4 * w, 4 * w), (4 * w, 8 * w),
+                         ("pool", 3, (2, 2))),
+            perceptron(192 * w, 32 * w, 256))
         self.example = perceptron(components, 256, 512)
-        self.lstm = nn.LSTM(768 + self.emotion_size(w), 256, 3, batch_first=True)
-        self.out = nn.Linear(256, components)
+        H = 256 // min(size, 2)
+        self.lstm = nn.LSTM(768 + self.emotion_size(w), H, 3, batch_first=True)
+        self.out = nn.Linear(H, components)
 
     def emotion_size(self, w):
         return 0
@@ -754,13 +814,14 @@ class Chen(nn.Module):
 
 
 class Ji(Chen):
-    """[5] EVP's audio-to-landmark network: ATNet's sound encoder beside an emotion encoder of the same patches (12, 28) -> 128; it
-    predicts the difference from the mean face, and its loss counts landmarks ten times beside the codes."""
+    """[5] EVP's audio-to-landmark network: ATNet's sound encoder beside an emotion encoder of the same patches (12, 28)
+    -> 128; it predicts the difference from the mean face, and its loss counts landmarks ten times beside the codes."""
 
     def emotion_size(self, w):
         self.emotion = nn.Sequential(
-            convolutions((1, w), ("pool", (1, 3), (1, 2)), (w, 2 * w), (2 * w, 4 * w), ("pool", (12, 1)), (4 * w, 8 * w), ("pool", (1, 2))),
-            perceptron(48 * w, 32 * w, 128))  # fmt: skip
+            convolutions((1, w), ("pool", (1, 3), (1, 2)), (w, 2 * w), (2 * w, 4 * w), ("pool", (12, 1)),
+                         (4 * w, 8 * w), ("pool", (1, 2))),
+            perceptron(48 * w, 32 * w, 128))
         return 128
 
     def features(self, patches):
@@ -769,21 +830,22 @@ class Ji(Chen):
     def loss(self, x, c, fine):
         code = self(fine[:, 4:], torch.zeros_like(self.pca.encode(x[:, 0])))
         unit = self.pca.unit
-        return F.mse_loss(code, self.pca.encode(x[:, 1:])) + 10 * F.mse_loss(self.pca.decode(code) / unit, x[:, 1:] / unit)
+        return F.mse_loss(code, self.pca.encode(x[:, 1:])) + 10 * F.mse_loss(self.pca.decode(code) / unit,
+                                                                             x[:, 1:] / unit)
 
     def draw(self, x, c, fine, draws, generator):
         return self.pca.decode(self(fine, torch.zeros_like(self.pca.encode(x[:, 0]))))[None]
 
 
 class Lu(nn.Module):
-    """[6] Live Speech Portraits: an LSTM moves the mouth; a WaveNet that sees its own past draws the head's motion, a Gaussian with
-    diagonal covariance over 6 pose numbers and their velocities, given the sound."""
+    """[6] Live Speech Portraits: an LSTM moves the mouth; a WaveNet that sees its own past draws the head's motion, a
+    Gaussian with diagonal covariance over 6 pose numbers and their velocities, given the sound."""
 
     T, count, MOUTH, STILL = None, 8, [*range(4, 13), *range(48, 68)], slice(17, 48)
 
     def __init__(self, held, x, c, size):
         super().__init__()
-        H, M, C = 512 // size, 2 * c.shape[2], 256 // size
+        H, M, C, wide = 512 // size, 2 * c.shape[2], 256 // size, 256 // min(size, 2)
         self.register_buffer("face", points(x.mean((0, 1))))  # (68, 2)
         self.register_buffer("solve", torch.linalg.pinv(F.pad(self.face[self.STILL], (0, 1), value=1.0)))  # (3, 31)
         pose = self.pose(x)
@@ -791,8 +853,9 @@ class Lu(nn.Module):
         self.register_buffer("sound_scale", torch.stack([c.mean((0, 1)), c.std((0, 1)) + 1e-6]).repeat(1, 2))
         self.register_buffer("mouth_scale", (self.mouth(x) - self.face[self.MOUTH]).flatten(2).std((0, 1)) + 1e-6)
         self.down, self.norm = nn.Linear(M, H), nn.BatchNorm1d(H)
-        self.lstm = nn.LSTM(H, 256, 3, batch_first=True)
-        self.up = nn.Sequential(nn.Linear(256, H), nn.LeakyReLU(0.2), nn.Linear(H, H), nn.LeakyReLU(0.2), nn.Linear(H, 2 * len(self.MOUTH)))
+        self.lstm = nn.LSTM(H, wide, 3, batch_first=True)
+        self.up = nn.Sequential(nn.Linear(wide, H), nn.LeakyReLU(0.2), nn.Linear(H, H), nn.LeakyReLU(0.2),
+                                nn.Linear(H, 2 * len(self.MOUTH)))
         self.start = nn.Sequential(nn.Conv1d(12, C, 1), nn.LeakyReLU(0.2), nn.Conv1d(C, C, 1), nn.LeakyReLU(0.2))
         self.dilated = nn.ModuleList(nn.Conv1d(C, 2 * C, 2, dilation=2**i) for i in [*range(7)] * 2)
         self.cond, self.residual = nn.Linear(M, 14 * 2 * C), nn.ModuleList(nn.Conv1d(C, C, 1) for _ in range(14))
@@ -817,9 +880,10 @@ class Lu(nn.Module):
         return self.up(self.lstm(h)[0])  # (B, T, 58), in standard deviations
 
     def head(self, past, cond, memory):
-        """past (B, n, 12): the frame before each; cond (B, n, 28 C). Mean and log sigma (B, n, 12); memory: each layer's inputs."""
+        """past (B, n, 12): the frame before each; cond (B, n, 28 C). Mean and log sigma (B, n, 12); memory: each
+        layer's inputs."""
         h, skips = self.start(F.dropout1d(past.transpose(1, 2), 0.5, self.training)), 0
-        layers = zip(self.dilated, self.residual, self.skip, cond.transpose(1, 2).chunk(14, 1))
+        layers = zip(self.dilated, self.residual, self.skip, cond.transpose(1, 2).chunk(14, 1), strict=True)
         for dilated, residual, skip, sound in layers:
             d = dilated.dilation[0]
             window = torch.cat([memory.get(dilated, h.new_zeros(*h.shape[:2], d)), h], 2)
@@ -858,8 +922,9 @@ class Lu(nn.Module):
         return face.flatten(2).unflatten(0, (draws, -1))
 
 
-SYSTEMS = {"eskimez": ("Eskimez et al. [3]", Eskimez), "chen": ("Chen et al., ATNet [4]", Chen), "ji": ("Ji et al., EVP [5]", Ji),
-           "lu": ("Lu et al., Live Speech Portraits [6]", Lu)}  # fmt: skip
+SYSTEMS = {"eskimez": ("Eskimez et al. [3]", Eskimez), "chen": ("Chen et al., ATNet [4]", Chen),
+           "ji": ("Ji et al., EVP [5]", Ji),
+           "lu": ("Lu et al., Live Speech Portraits [6]", Lu)}
 
 
 def fit(net, held, steps, seed):
@@ -897,15 +962,16 @@ def system_row(name):
         x, c, _ = held.training(500)
         net = SYSTEMS[name][1](held, x, c, job["size"]).to(held.device)
         clock = time.perf_counter()
-        fit(net, held, job["steps"], held.seed)
+        fit(net, held, max(1, job["steps"] // 2), held.seed)
         trained, generator = time.perf_counter(), torch.Generator().manual_seed(held.seed)
-        given = [torch.from_numpy(held.x), held.sound(held.lead), held.fine(held.windows, held.T, held.lead)]
+        given = torch.from_numpy(held.x), held.sound(held.lead), held.fine(held.windows, held.T, held.lead)
+        given = [v.to(held.device) for v in given]
         with torch.no_grad():
-            draw = lambda *more: net.draw(*(v.to(held.device) for v in given), held.draws, generator, *more).cpu().numpy()
-            draws = draw()
+            draws = net.draw(*given, held.draws, generator).cpu().numpy()
             spent = time.perf_counter() - trained
-            central = draw(0.0)[0] if name == "lu" else None
-        return {"": Outcome(draws, central, None, None, trained - clock, spent, sum(p.numel() for p in net.parameters()))}
+            central = net.draw(*given, 1, generator, 0.0)[0].cpu().numpy() if name == "lu" else None
+        return {"": Outcome(draws, central, None, None, trained - clock, spent,
+                            sum(p.numel() for p in net.parameters()))}
 
     return row
 
@@ -959,9 +1025,10 @@ def score(outcome, held, net):
         spread = pairwise_distance(outcome.draws) / io / 68**0.5
         lips = points(outcome.draws)[..., LIPS, :]
         lips = (lips - lips.mean(-2, keepdims=True)).reshape(*outcome.draws.shape[:3], 40)
-        columns |= {"coverage50": summary(coverage(mouths, mouth, 0.5)), "coverage90": summary(coverage(mouths, mouth, 0.9)),
+        columns |= {"coverage50": summary(coverage(mouths, mouth, 0.5)), "coverage90": summary(coverage(mouths, mouth,
+            0.9)),
                     "spread": summary(spread), "spread_lips": summary(pairwise_distance(lips) / io / 20**0.5),
-                    "best": summary(best_of(np.stack([landmark_distance(v, x, LIPS) for v in outcome.draws])))}  # fmt: skip
+                    "best": summary(best_of(np.stack([landmark_distance(v, x, LIPS) for v in outcome.draws])))}
     both = np.concatenate([moments(motion_features(v, x)) for v in (first, x)], 1)
     columns["frechet"] = summary(both, frechet_of_moments, draws=200)
     head, true_head = points(first).mean(2), points(x).mean(2)
@@ -969,11 +1036,15 @@ def score(outcome, held, net):
     columns["jitter_mouth"] = summary(np.stack([roughness(mouths[0]), roughness(mouth)], 1), ratio)
     columns["velocity"] = summary(velocity_products(head), ratio)
     columns["blinks"] = summary(blink_rate(first, fps))
-    row = {"columns": columns, "train_seconds": outcome.train_seconds, "parameters": outcome.parameters, "latents": outcome.latents,
-           "sample_seconds": outcome.sample_seconds and outcome.sample_seconds * fps / (len(outcome.draws) * N * held.T),
-           "spectrum": power_spectrum(head / unit).tolist(), "mouths": mouths[:20, :8].round(4).tolist(), "draws": len(outcome.draws)}  # fmt: skip
+    row = {"columns": columns, "train_seconds": outcome.train_seconds, "parameters": outcome.parameters,
+           "latents": outcome.latents,
+           "sample_seconds": outcome.sample_seconds and outcome.sample_seconds
+           * fps / (len(outcome.draws) * N * held.T),
+           "spectrum": power_spectrum(head / unit).tolist(), "mouths": mouths[:20, :8].round(4).tolist(),
+           "draws": len(outcome.draws)}
     if held.strangers:
-        groups = [[i for i, name in enumerate(held.speakers) if name == speaker] for speaker in sorted(set(held.speakers))]
+        groups = [[i for i, name in enumerate(held.speakers) if name == speaker]
+                  for speaker in sorted(set(held.speakers))]
         row["mouth_r_by_speaker"] = float(np.mean([mouth_correlation(first[g], x[g]).mean() for g in groups]))
     if net is not None:
         row["offset"], row["confidence"] = sync_offset(net, first, held.sync_sound())
@@ -988,7 +1059,8 @@ def optimum(held):
 
 
 def truth_spread(held):
-    """The truth's own diversity: distance between different clips, face and lips, in the unit of the `spread` columns."""
+    """The truth's own diversity: distance between different clips, face and lips, in the unit of the `spread`
+    columns."""
     io = interocular(held.x).mean()
     tracks = np.stack([np.roll(held.x, i, 0) for i in range(8)])
     lips = points(tracks)[..., LIPS, :]
@@ -997,7 +1069,8 @@ def truth_spread(held):
 
 
 def train_syncnet(held, out, steps):
-    """The SyncNet of this data, cached in out/syncnet.pt, and its check on held-out truth; None where it may not score."""
+    """The SyncNet of this data, cached in out/syncnet.pt, and its check on held-out truth; None where it may not
+    score."""
     path, net, key = out / "syncnet.pt", SyncNet(), [held.clips.meta["fingerprint"], held.seed, steps, held.T]
     if path.is_file():
         state = torch.load(path, weights_only=True)
@@ -1016,7 +1089,8 @@ def run_row(name, job):
     torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
     path = job["out"] / "rows" / f"{name}.json"
     held = Held(talkingflow.Clips(job["data"]), job["clips"], job["seed"], job["draws"])
-    key = {k: str(job[k]) for k in ("steps", "clips", "seed", "draws", "size", "sync_steps")} | {"data": held.clips.meta["fingerprint"]}
+    key = {k: str(job[k]) for k in ("steps", "clips", "seed", "draws", "size",
+                                    "sync_steps")} | {"data": held.clips.meta["fingerprint"]}
     if name == "checkpoint":
         key["checkpoint"] = hashlib.sha256(Path(job["checkpoint"]).read_bytes()).hexdigest()
     if path.is_file():
@@ -1035,7 +1109,9 @@ def run_row(name, job):
             raise UserError(f"{name}: NaN or Inf in its tracks vs landmarks. Train it longer (--steps)")
         rows[ROWS[name][1] + suffix] = score(outcome, held, net if facts["auc"] >= 0.9 else None)
         if not suffix:
-            np.save(path.with_suffix(".npy"), outcome.draws[:3, :8].astype(np.float32))  # for the figures and the rating page
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path.with_suffix(".npy"),
+                    outcome.draws[:3, :8].astype(np.float32))  # for the figures and the rating page
     talkingflow.write_atomically(path, lambda p: p.write_text(json.dumps({"key": key, "rows": rows})))
     print(f"{name}: {time.perf_counter() - clock:.0f} s", file=sys.stderr, flush=True)
     return rows
@@ -1050,7 +1126,9 @@ def run_rows(names, job, jobs):
         with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             futures = {name: pool.submit(run_row, name, job) for name in slow_first}
             found = [futures[name].result() for name in names]
-    return {label: row | {"group": ROWS[name][0], "name": name} for name, rows in zip(names, found) for label, row in rows.items()}
+    return {label: row | {"group": ROWS[name][0], "name": name} for name, rows in zip(names, found, strict=True)
+            for label,
+            row in rows.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1058,7 +1136,8 @@ def run_rows(names, job, jobs):
 
 TABLES = [  # title, [(heading, column, digits, what follows the mean: "sd", "interval" or "")]
     ("The paper's columns, one draw: mean ± standard deviation over clips [95 % interval of the mean]",
-     [("NLL", "nll", 4, "interval"), ("gap", "gap", 4, ""), ("audio gain", "gain", 2, "interval"), ("SyncNet ↓", "sync", 3, "both"),
+     [("NLL", "nll", 4, "interval"), ("gap", "gap", 4, ""), ("audio gain", "gain", 2, "interval"),
+      ("SyncNet ↓", "sync", 3, "both"),
       ("offset", "offset", 0, ""), ("L_MOR ↓", "l_mor", 4, "both"), ("mouth r", "mouth_r", 2, "interval")]),
     ("One draw, the mean of the draws, temperature 0: three different questions",
      [(f"{heading} {kind}", column + suffix, digits, "") for heading, column, digits in
@@ -1066,12 +1145,14 @@ TABLES = [  # title, [(heading, column, digits, what follows the mean: "sd", "in
       for kind, suffix in (("1", ""), ("mean", "_mean"), ("T=0", "_central"))]),
     ("Distances in interocular distances (velocities a second), one draw; energy score and best of all draws",
      [("lips", "lips", 4, "interval"), ("face", "face", 4, "interval"), ("lips velocity", "lips_velocity", 3, ""),
-      ("face velocity", "face_velocity", 3, ""), ("energy score", "energy", 4, "interval"), ("best lips", "best", 4, "")]),
+      ("face velocity", "face_velocity", 3, ""), ("energy score", "energy", 4, "interval"),
+      ("best lips", "best", 4, "")]),
     ("Distribution and motion: 1 is the truth's own for jitter; coverage should be .50 and .90",
      [("coverage 50", "coverage50", 2, ""), ("coverage 90", "coverage90", 2, ""), ("diversity face", "spread", 4, ""),
       ("lips", "spread_lips", 4, ""), ("Fréchet", "frechet", 2, ""), ("head jitter", "jitter_head", 2, "interval"),
-      ("mouth jitter", "jitter_mouth", 2, "interval"), ("velocity autocorr.", "velocity", 2, ""), ("blinks/min", "blinks", 1, "")]),
-]  # fmt: skip
+      ("mouth jitter", "jitter_mouth", 2, "interval"), ("velocity autocorr.", "velocity", 2, ""),
+      ("blinks/min", "blinks", 1, "")]),
+]
 
 PAPER = """
 Quoted from the paper, other data (Table 1: Obama addresses; Table 2: GRID): not to be compared digit by digit with ours
@@ -1087,11 +1168,12 @@ Quoted from the paper, other data (Table 1: Obama addresses; Table 2: GRID): not
 | full | 3.5921 | .2978 ± .1586 | .0441 | .3591 ± .1302 | .0918 |
 | ground truth | 3.9605 | .1785 ± .1046 | 0 | .1876 ± .1212 | 0 |
 
-Doubts. The row labels of Table 1 are lost in the text we have and are put back by order. L_MOR of Chen and Ji may be swapped: the
-text has Ji's mouths all open, and Table 2 gives Ji the large value. Not given: frame rate, number of points, mel settings, depth and
-width, split, what 0..1 is relative to, how many samples stand behind a score of a random model, whether ± is over clips or frames,
-how many raters. One random draw is scored against one recording, which costs a perfect sampler sqrt(2); a constant mean mouth
-already has .055 to .110 on tracks of this kind. Eskimez and Chen were trained on GRID, the full model on Obama."""
+Doubts. The row labels of Table 1 are lost in the text we have and are put back by order. L_MOR of Chen and Ji may be
+swapped: the text has Ji's mouths all open, and Table 2 gives Ji the large value. Not given: frame rate, number of
+points, mel settings, depth and width, split, what 0..1 is relative to, how many samples stand behind a score of a
+random model, whether ± is over clips or frames, how many raters. One random draw is scored against one recording,
+which costs a perfect sampler sqrt(2); a constant mean mouth already has .055 to .110 on tracks of this kind. Eskimez
+and Chen were trained on GRID, the full model on Obama."""
 
 
 def cell(row, column, digits, follow):
@@ -1106,25 +1188,25 @@ def cell(row, column, digits, follow):
 
 def markdown(results):
     """The tables of results.json's dict."""
-    facts, rows = results["facts"], results["rows"]
-    sync = f"AUC {facts['auc']:.3f} by clip, {facts['auc_window']:.3f} by five frames, on held-out truth"
-    seeds = (
-        f"Seed {facts['seed']}; {facts['steps']} steps of {facts['batch']} a trained row; look-ahead {facts['lead']} frames; {facts['draws']} "
-        f"draws a sound; NLL in nats per coordinate per frame, audio gain in nats a frame lost with another clip's sound."
-    )
-    lines = [
-        f"## {facts['data']}: {facts['windows']} held-out windows of {facts['frames']} frames, {facts['train_clips']} training clips", "", seeds,
-        f"SyncNet: {sync}" + ("." if facts["auc"] >= 0.9 else ": below .9, so it refuses to score here."),
-        f"The truth's own diversity, between clips: face {facts['truth_spread'][0]:.4f}, lips {facts['truth_spread'][1]:.4f}.",
-    ]  # fmt: skip
-    if facts["strangers"]:
-        lines.append(
-            "The held-out speakers are strangers: read mouth r (a person's resting mouth and range do not count) beside `another clip's "
-            "sound` (chance) and `loudness alone`; L_MOR and distances carry the unknown resting face. Mean over speakers of mouth r, one draw: "
-            + ", ".join(f"{label} {row['mouth_r_by_speaker']:.2f}" for label, row in rows.items()) + ".")  # fmt: skip
+    f, rows = results["facts"], results["rows"]
+    sync = f"AUC {f['auc']:.3f} by clip, {f['auc_window']:.3f} by five frames, on held-out truth"
+    sync += "" if f["auc"] >= 0.9 else ": below .9, so it refuses to score here"
+    face, lips = f["truth_spread"]
+    lines = [f"""## {f["data"]}: {f["windows"]} windows of {f["frames"]} held-out frames
+
+{f["train_clips"]} training clips; seed {f["seed"]}; {f["steps"]} steps of {f["batch"]} a flow;
+look-ahead {f["lead"]} frames; {f["draws"]} draws a sound. NLL in nats per coordinate per frame;
+audio gain in nats a frame lost with another clip's sound; SyncNet: {sync}.
+The truth's own diversity, between clips: face {face:.4f}, lips {lips:.4f}."""]
+    if f["strangers"]:
+        lines.append("""The held-out speakers are strangers: read mouth r (resting mouth and range do not count)
+beside `another clip's sound` (chance) and `loudness alone`; L_MOR and distances carry the unknown resting face.
+Mean over speakers of mouth r, one draw: """ + ", ".join(
+            f"{label} {row['mouth_r_by_speaker']:.2f}" for label, row in rows.items()) + ".")
     for title, columns in TABLES:
         columns = [c for c in columns if c[1] == "offset" or any(c[1] in row["columns"] for row in rows.values())]
-        lines += ["", title, "", "| row | " + " | ".join(heading for heading, *_ in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += ["", title, "", "| row | " + " | ".join(heading for heading, *_ in columns) + " |", "|---"
+                  * (len(columns) + 1) + "|"]
         group = None
         for label, row in rows.items():
             if row["group"] != group:
@@ -1132,15 +1214,19 @@ def markdown(results):
                 lines.append(f"| **{group}** |" + " |" * len(columns))
             lines.append(f"| {label} | " + " | ".join(cell(row, *c[1:]) for c in columns) + " |")
     lines += ["", "Cost on this machine: seconds to train, to sample one second of one face (all clips at once)", "",
-              "| row | parameters | train | sample |", "|---|---|---|---|"]  # fmt: skip
-    number = lambda value, form: format(value, form) if value is not None else "–"
-    lines += [f"| {label} | {row['parameters']:,} | {number(row['train_seconds'], '.0f')} | {number(row['sample_seconds'], '.4f')} |"
-              for label, row in rows.items() if row["parameters"]]  # fmt: skip
+              "| row | parameters | train | sample |", "|---|---|---|---|"]
+
+    def number(value, form):
+        return format(value, form) if value is not None else "–"
+
+    lines += [f"| {label} | {row['parameters']:,} | {number(row['train_seconds'], '.0f')} | "
+              f"{number(row['sample_seconds'], '.4f')} |"
+              for label, row in rows.items() if row["parameters"]]
     used = {row["name"] for row in rows.values()} & set(SYSTEMS)
     if used:
         lines += ["", "Where the compared systems differ from their releases:"]
-        lines += [f"- {SYSTEMS[name][0] if name in SYSTEMS else 'all'}: {text.format(size=facts['size'])}"
-                  for name, text in DEVIATIONS.items() if name in used | {"all"}]  # fmt: skip
+        lines += [f"- {SYSTEMS[name][0] if name in SYSTEMS else 'all'}: {text.format(size=f['size'])}"
+                  for name, text in DEVIATIONS.items() if name in used | {"all"}]
     return "\n".join(lines) + "\n" + PAPER
 
 
@@ -1166,11 +1252,13 @@ def figure(path, width, height, draw, rows=1, columns=1):
 
 
 def draw_fan(axes, row, truth, fps, label):
-    """Does the mouth follow the sound, and does the model know how surely? 20 samples' openings, their 5-95 % band, the truth."""
+    """Does the mouth follow the sound, and does the model know how surely? 20 samples' openings, their 5-95 % band, the
+    truth."""
     for clip, ax in enumerate(axes[:, 0]):
         mouths = np.array(row["mouths"])[:, clip]
         seconds = np.arange(mouths.shape[1]) / fps
-        ax.fill_between(seconds, *np.quantile(mouths, [0.05, 0.95], axis=0, method="weibull"), color=BLUE, alpha=0.18, lw=0, label="5–95 %")
+        ax.fill_between(seconds, *np.quantile(mouths, [0.05, 0.95], axis=0, method="weibull"), color=BLUE, alpha=0.18,
+                        lw=0, label="5–95 %")
         ax.plot(seconds, mouths.T, color=BLUE, alpha=0.35, lw=0.6, label="_")
         ax.plot(seconds, truth[clip], color=ORANGE, lw=1.8, label="truth")
         ax.set(ylabel="mouth opening", ylim=(0, None), xlim=(0, seconds[-1]))
@@ -1184,18 +1272,21 @@ def draw_latents(axes, rows):
     ax = axes[0, 0]
     for i, (label, row) in enumerate(rows.items()):
         scales = np.arange(1, len(row["latents"]["std"]) + 1) + 0.12 * (i - (len(rows) - 1) / 2)
-        ax.plot(scales, row["latents"]["std"], "osD^vP*X"[i % 8], color=(BLUE, ORANGE, GREEN, "#CC79A7")[i % 4], ms=7, label=label)
-        for x, value in zip(scales, row["latents"]["lambda"]):
+        ax.plot(scales, row["latents"]["std"], "osD^vP*X"[i % 8], color=(BLUE, ORANGE, GREEN, "#CC79A7")[i % 4], ms=7,
+                label=label)
+        for x, value in zip(scales, row["latents"]["lambda"], strict=True):
             ax.plot([x - 0.05, x + 0.05], [value**0.5] * 2, color=INK, lw=2)
     ax.plot([], [], color=INK, lw=2, label="√lambda of that row")
-    ax.set(xlabel="scale, deepest first", ylabel="std of z − m(c) on held-out clips", xticks=range(1, 5), ylim=(0, None))
+    ax.set(xlabel="scale, deepest first", ylabel="std of z − m(c) on held-out clips", xticks=range(1, 5),
+           ylim=(0, None))
     ax.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def draw_spectrum(axes, rows, fps):
     """Who trembles? Power of the head's position at each frequency."""
     ax = axes[0, 0]
-    for (label, row), (colour, style) in zip(rows.items(), ((INK, "-"), (ORANGE, "--"), (BLUE, "-."), (GREEN, ":"))):
+    for (label, row), (colour, style) in zip(rows.items(), ((INK, "-"), (ORANGE, "--"), (BLUE, "-."), (GREEN, ":")),
+                                             strict=False):
         power = np.array(row["spectrum"])
         ax.semilogy(np.arange(len(power)) * fps / 2 / (len(power) - 1), power, style, color=colour, lw=1.8, label=label)
     ax.set(xlabel="frequency, Hz", ylabel="power of the head's position", xlim=(0, fps / 2))
@@ -1206,15 +1297,17 @@ def draw_strips(axes, tracks, frames, fps):
     """Do the faces look like faces? One clip, every few frames, a strip a row (the paper's Fig. 2)."""
     faces = [points(track) for track in tracks.values()]
     low, high = np.min([f.min((0, 1)) for f in faces], 0), np.max([f.max((0, 1)) for f in faces], 0)
-    for ax, label, face in zip(axes[:, 0], tracks, faces):
+    for ax, label, face in zip(axes[:, 0], tracks, faces, strict=True):
         for i, t in enumerate(frames):
             for first, last, closed in talkingflow.CURVES:
                 line = face[t, [*range(first, last + 1), *[first] * closed]] + [i * (high - low)[0] * 1.15, 0]
                 ax.plot(*line.T, color=ORANGE if first >= 48 else INK, lw=1.1)
-        ax.set(xlim=(low[0], high[0] + (len(frames) - 1) * (high - low)[0] * 1.15), ylim=(high[1], low[1]), aspect="equal", xticks=[], yticks=[])
+        ax.set(xlim=(low[0], high[0] + (len(frames) - 1) * (high - low)[0] * 1.15), ylim=(high[1], low[1]),
+               aspect="equal", xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    axes[0, 0].set_title("every row hears the same sound; frames at " + ", ".join(f"{t / fps:.2f}" for t in frames) + " s", fontsize=9, loc="left")
+    axes[0, 0].set_title("every row hears the same sound; frames at " + ", ".join(f"{t / fps:.2f}" for t in frames)
+                         + " s", fontsize=9, loc="left")
 
 
 def draw_figures(out, rows, held):
@@ -1226,20 +1319,24 @@ def draw_figures(out, rows, held):
     if flows:
         label, row = by_name[flows[0]]
         truth = mouth_opening(points(held.x[:3]))
-        figure(out / "fan.png", 8, 6, lambda axes: draw_fan(axes, row, truth, held.fps, label), rows=min(3, len(held.x)))
-        scales = {lab: r for n, (lab, r) in by_name.items() if n in ("iid", "ar2", "learned-lambda", "checkpoint") and len(r["latents"]["std"]) > 1}
+        figure(out / "fan.png", 8, 6, lambda axes: draw_fan(axes, row, truth, held.fps, label),
+               rows=min(3, len(held.x)))
+        scales = {lab: r for n, (lab, r) in by_name.items() if n in ("iid", "ar2", "learned-lambda", "checkpoint")
+                  and len(r["latents"]["std"]) > 1}
         figure(out / "latents.png", 7, 4, lambda axes: draw_latents(axes, scales))
         made += ["fan.png", "latents.png"]
     compared = {by_name[n][0]: by_name[n][1] for n in ("truth", "iid", "ar2", "checkpoint") if n in by_name}
     if len(compared) > 1:
         figure(out / "jitter.png", 7, 4, lambda axes: draw_spectrum(axes, compared, held.fps))
         made.append("jitter.png")
-    strips = {by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0] for n in ("truth", *SYSTEMS, "iid", "ar2", "checkpoint") if n in by_name}
+    strips = {by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0] for n in ("truth", *SYSTEMS, "iid", "ar2",
+                                                                                "checkpoint") if n in by_name}
     if strips:
         mouth = mouth_opening(points(held.x[0]))
         middle = int(np.argmax(mouth[4:-4])) + 4  # around the widest mouth, two frames apart
         frames = [t for t in range(middle - 8, middle + 9, 2) if 0 <= t < held.T]
-        figure(out / "strips.png", 10, 1.25 * len(strips) + 0.4, lambda axes: draw_strips(axes, strips, frames, held.fps), rows=len(strips))
+        figure(out / "strips.png", 10, 1.25 * len(strips) + 0.4, lambda axes: draw_strips(axes, strips, frames,
+            held.fps), rows=len(strips))
         made.append("strips.png")
     return made
 
@@ -1252,9 +1349,8 @@ def draw_figures(out, rows, held):
 def measure(flow, clips, split="test", limit=128, seed=0):
     """Figures of a trained flow on held-out clips, as a dict; what each means stands beside it in `report`.
 
-    Landmarks are compared at the truth's own dequantisation noise, mouth openings with the clean truth: on the synthetic talkers
-    with the exact conditional mean, which is the best that any model can know.
-    """
+    Landmarks are compared at the truth's own dequantisation noise, mouth openings with the clean truth: on the
+    synthetic talkers with the exact conditional mean, which is the best that any model can know. """
     flow.eval()
     config, device = flow.config, flow.cond_mean.device
     T = clips.window_length(config.seq_len)
@@ -1262,17 +1358,22 @@ def measure(flow, clips, split="test", limit=128, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x, c = clips.batch(windows, T, config.lead, config.noise, generator)
     clean = points(clips.batch(windows, T)[0].numpy())
-    nll = lambda c: torch.cat([flow.nll(*(v.to(device) for v in b)) for b in zip(x.split(32), c.split(32))]).cpu()
-    figures = {"clips": len(windows), "frames": T, "nll": float(nll(c).mean())}
-    figures["audio_gain"] = (float(nll(c.roll(1, 0)).mean()) - figures["nll"]) * x.shape[2]
+    figures = {"clips": len(windows), "frames": T, "nll": float(nll_of(flow, x, c).mean())}
+    figures["audio_gain"] = (float(nll_of(flow, x, c.roll(1, 0)).mean()) - figures["nll"]) * x.shape[2]
     truth = mouth_opening(clean)
     if "modes" in clips.meta:
         articulation = np.load(clips.folder / "articulation.npy", mmap_mode="r")
         articulation = np.stack([articulation[clip["start"] + s : clip["start"] + s + T] for clip, s in windows])
         truth = mouth_opening(points(np.array(clips.meta["mean_face"]) + articulation @ np.array(clips.meta["modes"])))
-    draw = lambda t: points(flow.sample(c.to(device), t, generator).cpu().numpy())
+
+    def draw(t):
+        return points(flow.sample(c.to(device), t, generator).cpu().numpy())
+
     noisy = points(x.numpy())
-    jitter = lambda sample, real: float(roughness(sample).mean() / roughness(real).mean())
+
+    def jitter(sample, real):
+        return float(roughness(sample).mean() / roughness(real).mean())
+
     for name, sample in (("", draw(1.0)), ("_temperature0", draw(0.0))):
         mouth = mouth_opening(sample)
         figures["mouth_correlation" + name] = float(np.corrcoef(mouth.ravel(), truth.ravel())[0, 1])
@@ -1302,10 +1403,10 @@ def report(figures):
         f"  audio gain           {f['audio_gain']:9.2f}   nats a frame lost with another clip's sound",
         f"  head jitter          {f['head_jitter']:9.2f}   of the data's (mouth {f['mouth_jitter']:.2f})",
         f"  head velocity autoc. {f['velocity_autocorrelation']:9.2f}   data {f['velocity_autocorrelation_truth']:.2f}",
-        f"  mouth correlation    {f['mouth_correlation']:9.2f}   one sample; {f['mouth_correlation_temperature0']:.2f} at temperature 0"
-        + ("  (with the exact conditional mean)" if optimum is not None else ""),
+        f"  mouth correlation    {f['mouth_correlation']:9.2f}   one sample; {f['mouth_correlation_temperature0']:.2f} "
+        "at temperature 0" + ("  (with the exact conditional mean)" if optimum is not None else ""),
         f"  L_MOR                {f['l_mor']:9.4f}   one sample; {f['l_mor_temperature0']:.4f} at temperature 0",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines)
 
 
@@ -1320,7 +1421,8 @@ SCALE = ("bad", "poor", "fair", "good", "excellent")  # the paper's
 def rating_page(args):
     """`python evaluate.py rating-page`: the page, and beside it the key that says which id is which system and clip.
 
-    The page shows ids only. Every rater gets practice, all stimuli in an order of their own, two attention checks, one repeat."""
+    The page shows ids only. Every rater gets practice, all stimuli in an order of their own, two attention checks, one
+    repeat."""
     folder = Path(args.results) if args.results else newest_evaluation()
     if not (folder / "results.json").is_file():
         raise UserError(f"{folder}: no results.json vs a finished evaluation. Run: python evaluate.py --out {folder}")
@@ -1330,11 +1432,14 @@ def rating_page(args):
     have = {row["name"] for row in results["rows"].values()}
     names = [name for name in args.rows.split(",") if name in have and (folder / "rows" / f"{name}.npy").is_file()]
     if len(names) < 2:
-        raise UserError(f"{folder}: {len(names)} of the systems {args.rows} vs at least 2. Evaluate them first, or change --rows")
+        raise UserError(f"{folder}: {len(names)} of the systems {args.rows} vs at least 2. Evaluate them first, or "
+                        "change --rows")
     sounds, stimuli, key = [], [], {}
     for number, (clip, s) in enumerate(held.windows[: args.clips]):
-        rate, first = held.clips.meta["sample_rate"], clip["audio_start"] + s * held.clips.meta["sample_rate"] // held.fps
-        sound = held.clips.audio[first : clip["audio_start"] + min(clip["audio_samples"], (s + held.T) * rate // held.fps)]
+        rate = held.clips.meta["sample_rate"]
+        first = clip["audio_start"] + s * rate // held.fps
+        sound = held.clips.audio[first : clip["audio_start"] + min(clip["audio_samples"], (s + held.T)
+                                                                   * rate // held.fps)]
         sounds.append(base64.b64encode(talkingflow.wav_bytes(sound, rate)).decode())
         for name in names:
             face = points(np.load(folder / "rows" / f"{name}.npy")[0, number])
@@ -1342,18 +1447,24 @@ def rating_page(args):
             code = hashlib.sha256(f"{args.seed} {name} {clip['name']} {s}".encode()).hexdigest()[:12]
             key[code] = {"row": name, "label": ROWS[name][1], "clip": clip["name"]}
             stimuli.append({"id": code, "sound": number, "frames": held.T,
-                            "points": base64.b64encode(face.clip(-32767, 32767).astype("<i2").tobytes()).decode()})  # fmt: skip
+                            "points": base64.b64encode(face.clip(-32767, 32767).astype("<i2").tobytes()).decode()})
     stimuli.sort(key=lambda stimulus: stimulus["id"])
     name = hashlib.sha256("".join(v["id"] + v["points"] for v in stimuli).encode()).hexdigest()[:12]
-    page = {"set": name, "fps": held.fps, "curves": talkingflow.CURVES, "sounds": sounds, "stimuli": stimuli, "checks": [2, 4],
-            "questions": list(QUESTIONS.items()), "labels": SCALE}  # fmt: skip
+    page = {"set": name, "fps": held.fps, "curves": talkingflow.CURVES, "sounds": sounds, "stimuli": stimuli,
+            "checks": [2, 4],
+            "questions": list(QUESTIONS.items()), "labels": SCALE}
     assets, out = Path(__file__).parent / "assets", Path(args.out or folder / "rating.html")
-    style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[1]  # one look for all our pages
-    text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__", json.dumps(page).replace("</", "<\\/"))
+    style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(),
+                      re.DOTALL)[1]  # one look for all our pages
+    text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__",
+                                                                                    json.dumps(page).replace("</",
+                                                                                        "<\\/"))
     talkingflow.write_atomically(out, lambda p: p.write_text(text))
-    talkingflow.write_atomically(out.with_suffix(".key.json"), lambda p: p.write_text(json.dumps({"set": name, "stimuli": key}, indent=1)))
-    print(f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), {out.stat().st_size / 1e6:.1f} MB, for the raters\n"
-          f"{out.with_suffix('.key.json')}: which is which, not for the raters")  # fmt: skip
+    talkingflow.write_atomically(out.with_suffix(".key.json"), lambda p: p.write_text(json.dumps({"set": name,
+        "stimuli": key}, indent=1)))
+    print(f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), {out.stat().st_size / 1e6:.1f} "
+          "MB, for the raters\n"
+          f"{out.with_suffix('.key.json')}: which is which, not for the raters")
     return 0
 
 
@@ -1373,30 +1484,35 @@ def read_answers(path):
         rows = [row | {"score": int(row["score"]), "trial": int(row["trial"])} for row in rows]
         wrong = next((row["score"] for row in rows if row["score"] not in range(1, 6)), None)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. Ask the rater again")
+        raise UserError(f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. Ask "
+                        "the rater again") from None
     if wrong is not None:
         raise UserError(f"{path}: a score of {wrong} vs 1 to 5. Ask the rater again")
     return rows
 
 
 def reliable(answers):
-    """Whether one rater's answers count, by a rule fixed in advance: every attention check right, no repeat more than 2 off."""
+    """Whether one rater's answers count, by a rule fixed in advance: every attention check right, no repeat more than 2
+    off."""
     checks = all(str(a["score"]) == str(a["want"]) for a in answers if a["kind"] == "check")
     first = {(a["stimulus"], a["question"]): a["score"] for a in answers if a["kind"] == "rate"}
-    return checks and all(abs(a["score"] - first.get((a["stimulus"], a["question"]), a["score"])) <= 2 for a in answers if a["kind"] == "repeat")
+    return checks and all(abs(a["score"] - first.get((a["stimulus"], a["question"]), a["score"])) <= 2 for a in answers
+                          if a["kind"] == "repeat")
 
 
 def mean_opinion(ratings, draws=2000, seed=0):
-    """{rater: [scores]} of one system -> mean over all scores and the 95 % interval when raters, not scores, are drawn with
-    replacement: scores of one rater are not independent."""
+    """{rater: [scores]} of one system -> mean over all scores and the 95 % interval when raters, not scores, are drawn
+    with replacement: scores of one rater are not independent."""
     sums = np.array([[sum(scores), len(scores)] for scores in ratings.values()], float)
     counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws) @ sums
     low, high = np.quantile(counts[:, 0] / counts[:, 1], [0.025, 0.975])
-    return {"mean": float(sums[:, 0].sum() / sums[:, 1].sum()), "low": float(low), "high": float(high), "count": int(sums[:, 1].sum())}
+    return {"mean": float(sums[:, 0].sum() / sums[:, 1].sum()), "low": float(low), "high": float(high),
+            "count": int(sums[:, 1].sum())}
 
 
 def ratings_needed(difference, sd):
-    """Independent ratings a system to see a difference of means at 5 % with 80 % power: 2 (1.960 + 0.842)^2 (sd / difference)^2."""
+    """Independent ratings a system to see a difference of means at 5 % with 80 % power: 2 (1.960 + 0.842)^2 (sd /
+    difference)^2."""
     return math.ceil(2 * (1.95996 + 0.84162) ** 2 * (sd / difference) ** 2) if difference else math.inf
 
 
@@ -1407,11 +1523,14 @@ def rating_results(args):
     for file in args.files:
         for answer in read_answers(file):
             if answer["set"] != key["set"]:
-                raise UserError(f"{file}: answers to page {answer['set']} vs {key['set']} of {args.key}. Use that page's key")
-            by_rater.setdefault(answer["rater"], {})[answer["trial"], answer["question"]] = answer  # a file given twice counts once
+                raise UserError(f"{file}: answers to page {answer['set']} vs {key['set']} of {args.key}. Use that "
+                                "page's key")
+            by_rater.setdefault(answer["rater"], {})[answer["trial"],
+                                                     answer["question"]] = answer  # a file given twice counts once
     raters = {name: list(answers.values()) for name, answers in by_rater.items()}
     kept = {name: answers for name, answers in raters.items() if reliable(answers)}
-    print(f"{len(raters)} raters, {len(raters) - len(kept)} left out: a wrong attention check, or a repeat more than 2 off")
+    print(f"{len(raters)} raters, {len(raters) - len(kept)} left out: a wrong attention check, or a repeat more than 2 "
+          "off")
     if not kept:
         raise UserError("ratings: no reliable rater vs at least 1. Collect more")
     for question, text in QUESTIONS.items():
@@ -1419,17 +1538,20 @@ def rating_results(args):
         for name, answers in kept.items():
             for a in answers:
                 if a["kind"] == "rate" and a["question"] == question:
-                    systems.setdefault(key["stimuli"][a["stimulus"]]["label"], {}).setdefault(name, []).append(a["score"])
+                    systems.setdefault(key["stimuli"][a["stimulus"]]["label"], {}).setdefault(name,
+                        []).append(a["score"])
         found = {label: mean_opinion(ratings, seed=args.seed) for label, ratings in systems.items()}
         order = sorted(found, key=lambda label: -found[label]["mean"])
         scores = {label: np.concatenate([*systems[label].values()]) for label in order}
-        print(f"\n{text}\n\n| system | mean opinion [95 % over raters] | ratings | more ratings a system to tell it from the next |\n|---|---|---|---|")
-        for label, after in zip(order, [*order[1:], None]):
+        print(f"\n{text}\n\n| system | mean opinion [95 % over raters] | ratings | more ratings a system to tell it "
+              "from the next |\n|---|---|---|---|")
+        for label, after in zip(order, [*order[1:], None], strict=True):
             f, more = found[label], "–"
             if after:
                 sd = math.sqrt((scores[label].var() + scores[after].var()) / 2)
                 needed = ratings_needed(f["mean"] - found[after]["mean"], sd)
-                more = "cannot be told" if needed == math.inf else str(max(0, needed - min(f["count"], found[after]["count"])))
+                more = "cannot be told" if needed == math.inf else str(max(0, needed
+                                                                           - min(f["count"], found[after]["count"])))
             print(f"| {label} | {f['mean']:.2f} [{f['low']:.2f}, {f['high']:.2f}] | {f['count']} | {more} |")
     return 0
 
@@ -1456,15 +1578,18 @@ def tables(args):
     if absent["checkpoint"]:
         print("no checkpoint given and none under runs/: the table is without that row", file=sys.stderr)
     size = 1 if args.release_sizes else SMALL
-    job = {"data": str(folder), "out": out, "clips": args.clips, "seed": args.seed, "draws": args.draws, "steps": args.steps,
-           "sync_steps": args.sync_steps, "size": size, "checkpoint": checkpoint and str(checkpoint)}  # fmt: skip
+    job = {"data": str(folder), "out": out, "clips": args.clips, "seed": args.seed, "draws": args.draws,
+           "steps": args.steps,
+           "sync_steps": args.sync_steps, "size": size, "checkpoint": checkpoint and str(checkpoint)}
     print(f"SyncNet, then {len(names)} rows, {args.jobs} at a time, into {out}", file=sys.stderr)
     _, facts = train_syncnet(held, out, args.sync_steps)
     rows = run_rows(names, job, args.jobs)
-    facts |= {"data": held.clips.folder.name, "folder": str(held.clips.folder.resolve()), "windows": len(held.x), "frames": held.T, "train_clips": len(held.clips.split("train")),
-              "seed": args.seed, "steps": args.steps, "batch": held.config.batch_size, "lead": held.lead, "draws": args.draws, "size": size,
+    facts |= {"data": held.clips.folder.name, "folder": str(held.clips.folder.resolve()), "windows": len(held.x),
+              "frames": held.T, "train_clips": len(held.clips.split("train")),
+              "seed": args.seed, "steps": args.steps, "batch": held.config.batch_size, "lead": held.lead,
+              "draws": args.draws, "size": size,
               "truth_spread": truth_spread(held), "strangers": held.strangers, "speakers": sorted(set(held.speakers)),
-              "fingerprint": held.clips.meta["fingerprint"], "checkpoint": checkpoint and str(checkpoint)}  # fmt: skip
+              "fingerprint": held.clips.meta["fingerprint"], "checkpoint": checkpoint and str(checkpoint)}
     results = {"facts": facts, "rows": rows}
     talkingflow.write_atomically(out / "results.json", lambda p: p.write_text(json.dumps(results)))
     print(markdown(results))
@@ -1474,31 +1599,40 @@ def tables(args):
 
 def build_parser():
     count = talkingflow.bounded
-    parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
-    parser.add_argument("--checkpoint", help="a run's checkpoint.pt for the last row [without --data: of the newest run]")
+    parser.add_argument("--checkpoint",
+                        help="a run's checkpoint.pt for the last row [without --data: of the newest run]")
     parser.add_argument("--out", help="folder of results.json, figures and cached rows [runs/evaluation-DATA]")
     parser.add_argument("--rows", default="all", help=f"some of {','.join(ROWS)} [all]")
     parser.add_argument("--steps", type=count(int, 1), default=600, help="optimiser steps of each trained row [600]")
     parser.add_argument("--sync-steps", type=count(int, 1), default=1500, help="of the SyncNet [1500]")
     parser.add_argument("--clips", type=count(int, 2), default=64, help="held-out windows at most [64]")
-    parser.add_argument("--draws", type=count(int, 19), default=20, help="samples a sound, at least 19 for a 90 %% interval [20]")
-    parser.add_argument("--seed", type=count(int, 0, 2**31), default=0, help="of weights, batches, draws and the truth's noise [0]")
-    parser.add_argument("--jobs", type=count(int, 1, 64), default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
-                        help="rows at a time, a thread each [2 on a CPU]")  # fmt: skip
-    parser.add_argument("--release-sizes", action="store_true", help="compared systems as wide as their releases; needs a GPU")
+    parser.add_argument("--draws", type=count(int, 19), default=20,
+                        help="samples a sound, at least 19 for a 90 %% interval [20]")
+    parser.add_argument("--seed", type=count(int, 0, 2**31), default=0,
+                        help="of weights, batches, draws and the truth's noise [0]")
+    parser.add_argument("--jobs", type=count(int, 1, 64), default=1 if torch.cuda.is_available()
+                        else min(2, os.cpu_count() or 1),
+                        help="rows at a time, a thread each [2 on a CPU]")
+    parser.add_argument("--release-sizes", action="store_true",
+                        help="compared systems as wide as their releases; needs a GPU")
     parser.set_defaults(run=tables)
     commands = parser.add_subparsers(metavar="rating-page | rating-results")
-    p = commands.add_parser("rating-page", description="Write a blind, randomised listening test as one self-contained page, and its key.")
+    p = commands.add_parser("rating-page",
+                            description="Write a blind, randomised listening test as one page, and its key.")
     p.add_argument("--results", help="folder that `python evaluate.py` has written [the newest runs/evaluation-*]")
     p.add_argument("--rows", default=",".join(RATED), help="systems to rate, where they are there [%(default)s]")
     p.add_argument("--clips", type=count(int, 1, 8), default=6, help="clips of each system [6]")
     p.add_argument("--seed", type=count(int, 0, 2**31), default=0, help="of ids and order [0]")
-    p.add_argument("--out", help="the page [rating.html beside results.json]; its key is OUT.key.json: keep it from the raters")
+    p.add_argument("--out",
+                   help="the page [rating.html beside results.json]; its key is OUT.key.json: keep it from the raters")
     p.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     p.set_defaults(run=rating_page)
-    p = commands.add_parser("rating-results", description="Mean opinion scores of the answers that raters downloaded (JSON or CSV).")
+    p = commands.add_parser("rating-results",
+                            description="Mean opinion scores of the answers that raters downloaded (JSON or CSV).")
     p.add_argument("files", nargs="+", help="answers-*.json or answers-*.csv")
     p.add_argument("--key", required=True, help="the page's .key.json")
     p.add_argument("--seed", type=count(int, 0, 2**31), default=0, help="of the bootstrap [0]")
@@ -1516,6 +1650,9 @@ def main(argv=None):
             raise
         print(f"error: {e}.", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped; the finished rows are kept, the same command goes on", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Every metric against a known answer (an invariance, a closed form), the rows against what they claim, the commands end to end."""
+"""Every metric against a known answer (an invariance, a closed form), the rows, the commands."""
 
 import json
 import math
@@ -32,7 +32,9 @@ def test_the_mouth_metrics_ignore_where_how_large_and_how_turned_either_face_is(
     x, y = faces(seed=1), faces(seed=2)
     other = moved(y, 1.7, 0.4, (3, -2))
     for metric in (evaluate.l_mor, evaluate.mouth_correlation):
-        assert np.allclose(metric(x, y), metric(x, other), atol=1e-9) and np.allclose(metric(x, y), metric(moved(x, 0.2), other), atol=1e-9)
+        assert np.allclose(metric(x, y), metric(x, other), atol=1e-9) and np.allclose(
+            metric(x, y), metric(moved(x, 0.2), other), atol=1e-9
+        )
     assert np.allclose(evaluate.l_mor(x, x), 0) and np.allclose(evaluate.mouth_correlation(x, x), 1)
 
 
@@ -68,7 +70,9 @@ def test_velocity_distance_is_zero_for_an_offset_and_the_speed_of_a_drift():
     assert np.allclose(evaluate.velocity_distance(x + drift, x, FPS), 0.01 * FPS)
 
 
-@pytest.mark.parametrize("spread, expected", [(1, 0.5642), (0.5, 2 * math.sqrt(1.25) / math.sqrt(2 * math.pi) - 0.5 / math.sqrt(math.pi))])
+@pytest.mark.parametrize(
+    "spread, expected", [(1, 0.5642), (0.5, 2 * math.sqrt(1.25) / math.sqrt(2 * math.pi) - 0.5 / math.sqrt(math.pi))]
+)
 def test_energy_score_of_gaussian_draws_is_the_closed_form_crps(spread, expected):
     rng = np.random.default_rng(0)
     truth, draws = rng.normal(size=(400, 50, 1)), spread * rng.normal(size=(16, 400, 50, 1))
@@ -89,7 +93,12 @@ def test_coverage_of_a_calibrated_sampler_is_nominal_with_twenty_draws(share):
     rng = np.random.default_rng(0)
     truth, draws = rng.normal(size=(300, 80)), rng.normal(size=(20, 300, 80))
     assert abs(evaluate.coverage(draws, truth, share).mean() - share) < 0.01
-    assert evaluate.coverage(0.3 * draws, truth, share).mean() < share - 0.15 < share < evaluate.coverage(3 * draws, truth, share).mean()
+    assert (
+        evaluate.coverage(0.3 * draws, truth, share).mean()
+        < share - 0.15
+        < share
+        < evaluate.coverage(3 * draws, truth, share).mean()
+    )
 
 
 def test_diversity_of_gaussian_draws_is_the_closed_form_and_of_equal_draws_zero():
@@ -103,9 +112,9 @@ def test_best_of_is_the_smallest_distance_of_each_clip():
 
 
 def test_frechet_distance_has_its_closed_forms():
-    I, rng = np.eye(4), np.random.default_rng(0)
-    assert abs(evaluate.frechet(np.zeros(4), I, np.array([3.0, 0, 4, 0]), I) - 25) < 1e-9
-    assert abs(evaluate.frechet(np.zeros(4), I, np.zeros(4), 9 * I) - 4 * (3 - 1) ** 2) < 1e-9
+    one, rng = np.eye(4), np.random.default_rng(0)
+    assert abs(evaluate.frechet(np.zeros(4), one, np.array([3.0, 0, 4, 0]), one) - 25) < 1e-9
+    assert abs(evaluate.frechet(np.zeros(4), one, np.zeros(4), 9 * one) - 4 * (3 - 1) ** 2) < 1e-9
     A, B = (v @ v.T for v in rng.normal(size=(2, 4, 4)))
     root = np.sqrt(np.linalg.eigvals(A @ B).astype(complex)).real.sum()  # tr (A B)^(1/2), A and B not commuting
     assert abs(evaluate.frechet(np.zeros(4), A, np.zeros(4), B) - (np.trace(A + B) - 2 * root)) < 1e-6
@@ -127,7 +136,9 @@ def test_roughness_is_zero_for_a_glide_and_the_acceleration_of_a_parabola():
 def test_velocity_autocorrelation_is_minus_a_half_for_white_noise_and_near_one_for_a_glide():
     noise = np.random.default_rng(0).normal(size=(50, 400, 2))
     glide = np.sin(np.arange(400) / 40)[None, :, None]
-    assert abs(evaluate.velocity_autocorrelation(noise) + 0.5) < 0.01 and evaluate.velocity_autocorrelation(glide) > 0.99
+    assert (
+        abs(evaluate.velocity_autocorrelation(noise) + 0.5) < 0.01 and evaluate.velocity_autocorrelation(glide) > 0.99
+    )
 
 
 def test_three_closings_of_the_eyes_in_three_seconds_are_sixty_blinks_a_minute():
@@ -180,11 +191,22 @@ def test_syncnet_tells_pairs_from_strangers_and_finds_the_offset_of_late_lips(he
     assert evaluate.sync_offset(net, late, mel)[0] == -4  # its sound came four frames earlier
     scores = [evaluate.sync_score(net, track, mel).mean() for track in (held.x, late, np.roll(held.x, 1, 0))]
     assert scores[0] < 0.4 < scores[1] and scores[0] < 0.4 < scores[2]
-    assert np.allclose(evaluate.sync_score(net, moved(held.x, 3, 0, (1, 1)), mel), evaluate.sync_score(net, held.x, mel), atol=1e-3)
+    assert np.allclose(
+        evaluate.sync_score(net, moved(held.x, 3, 0, (1, 1)), mel), evaluate.sync_score(net, held.x, mel), atol=1e-3
+    )
 
 
 def test_a_syncnet_below_nine_tenths_refuses_to_score(held, tmp_path, monkeypatch):
-    job = {"data": held.clips.folder, "out": tmp_path, "clips": 4, "seed": 0, "draws": 20, "steps": 1, "sync_steps": 1, "size": 8}
+    job = {
+        "data": held.clips.folder,
+        "out": tmp_path,
+        "clips": 4,
+        "seed": 0,
+        "draws": 20,
+        "steps": 1,
+        "sync_steps": 1,
+        "size": 8,
+    }
     monkeypatch.setattr(evaluate.SyncNet, "check", lambda *_: {"auc": 0.89, "auc_window": 0.7})
     row = evaluate.run_row("late-3", job)["ground truth, 3 frames late"]
     assert "sync" not in row["columns"] and "offset" not in row and "l_mor" in row["columns"]
@@ -211,7 +233,9 @@ def test_var_recovers_the_process_and_gives_its_exact_likelihood():
     x = x[:, 60:]
     model = evaluate.VectorAutoregression(x, 1)
     assert (model.models[1][0][:2].T - A).abs().max() < 0.02
-    step = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))
+    step = torch.distributions.MultivariateNormal(
+        torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    )
     first = torch.distributions.MultivariateNormal(x[:, 0].mean(0), torch.cov(x[:, 0].T))
     exact = -(first.log_prob(x[:, 0]) + step.log_prob(x[:, 1:] - x[:, :-1] @ A.T).sum(1)) / (T * 2)
     assert abs(model.nll(x) - exact.numpy()).max() < 0.02 and abs(model.nll(x).mean() - float(exact.mean())) < 0.002
@@ -248,7 +272,10 @@ def test_anchor_rows_are_what_they_say(held):
     assert np.ptp(still, axis=1).max() == 0 and np.ptp(timed, axis=0).max() == 0 and np.ptp(timed, axis=1).max() > 0
     noisy = evaluate.noise_row(held, {})[""]
     assert abs((noisy.draws - held.x).std() / evaluate.interocular(held.x).mean() - 0.01) < 5e-4
-    loud, near = (evaluate.score(row(held, {})[""], held, None)["columns"]["mouth_r"]["mean"] for row in (evaluate.loudness_row, evaluate.nearest_row))
+    loud, near = (
+        evaluate.score(row(held, {})[""], held, None)["columns"]["mouth_r"]["mean"]
+        for row in (evaluate.loudness_row, evaluate.nearest_row)
+    )
     assert loud > 0.5 and near > 0.4
 
 
@@ -258,7 +285,7 @@ def test_learned_lambdas_move_and_stay_one_number_a_scale(held, tmp_path):
     evaluate.learn_lambdas(trainer)
     for _ in range(4):
         trainer.train_step()
-    for part, start in zip(trainer.flow.prior.variance.split(trainer.flow.sizes), config.lambdas):
+    for part, start in zip(trainer.flow.prior.variance.split(trainer.flow.sizes), config.lambdas, strict=True):
         assert part.max() - part.min() < 1e-6 and abs(part[0] - start) > 1e-5
     plain = talkingflow.TalkingFlow(config)
     plain.load_state_dict(trainer.flow.state_dict())  # the checkpoint is an ordinary one
@@ -341,14 +368,39 @@ def test_every_row_runs_on_real_clips(grid, tmp_path, capsys):
         shutil.copy(file, source)
     assert prepare_data.main([str(source), "--out", str(tmp_path / "data"), "--jobs", "1"]) in (0, None)
     capsys.readouterr()
-    text, _ = tables(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", "--steps", 2, "--sync-steps", 60, "--clips", 3, "--jobs", 1)
-    assert "exact sampler" not in text and "| full, ar2 |" in text and "look-ahead 2 frames" in text and "nan" not in text
+    text, _ = tables(
+        capsys,
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--sync-steps",
+        60,
+        "--clips",
+        3,
+        "--jobs",
+        1,
+    )
+    assert (
+        "exact sampler" not in text and "| full, ar2 |" in text and "look-ahead 2 frames" in text and "nan" not in text
+    )
 
 
 def test_wrong_rows_and_missing_folders_are_one_line(tmp_path, talkers, capsys):
-    for args, word in (([], "meta.json"), (["--rows", "nobody"], "--rows"), (["--checkpoint", "none.pt", "--rows", "checkpoint"], "no such")):
+    for args, word in (
+        ([], "meta.json"),
+        (["--rows", "nobody"], "--rows"),
+        (["--checkpoint", "none.pt", "--rows", "checkpoint"], "no such"),
+    ):
         data = talkers if args else tmp_path
-        assert evaluate.main(["--data", str(data), "--out", str(tmp_path / "o"), "--sync-steps", "1", "--jobs", "1", *args]) == 1
+        assert (
+            evaluate.main(
+                ["--data", str(data), "--out", str(tmp_path / "o"), "--sync-steps", "1", "--jobs", "1", *args]
+            )
+            == 1
+        )
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ") and word in error
 
@@ -360,8 +412,8 @@ def test_wrong_rows_and_missing_folders_are_one_line(tmp_path, talkers, capsys):
 @pytest.fixture(scope="module")
 def evaluated(talkers, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluation")
-    assert evaluate.main(["--data", str(talkers), "--out", str(out), "--rows", "truth,late-5,mean-face", "--clips", "4", "--sync-steps", "1",
-                          "--jobs", "1"]) == 0  # fmt: skip
+    rows = ["--rows", "truth,late-5,mean-face", "--clips", "4", "--sync-steps", "1", "--jobs", "1"]
+    assert evaluate.main(["--data", str(talkers), "--out", str(out), *rows]) == 0
     return out
 
 
@@ -370,14 +422,20 @@ def answers_of(key, rater, score, check=True):
     rows = []
     for trial, (code, about) in enumerate(key["stimuli"].items()):
         for question in evaluate.QUESTIONS:
-            rows.append({"rater": rater, "set": key["set"], "trial": trial, "kind": "rate", "want": "", "stimulus": code, "question": question,
-                         "score": score(about["label"], question)})  # fmt: skip
-    rows += [rows[0] | {"trial": 98, "kind": "repeat"}, rows[0] | {"trial": 99, "kind": "check", "want": 2, "score": 2 if check else 3}]
+            answer = {"rater": rater, "set": key["set"], "trial": trial, "kind": "rate", "want": "", "stimulus": code}
+            rows.append(answer | {"question": question, "score": score(about["label"], question)})
+    rows += [
+        rows[0] | {"trial": 98, "kind": "repeat"},
+        rows[0] | {"trial": 99, "kind": "check", "want": 2, "score": 2 if check else 3},
+    ]
     return rows
 
 
 def test_the_rating_page_is_one_blind_file(evaluated, capsys):
-    assert evaluate.main(["rating-page", "--results", str(evaluated), "--rows", "truth,late-5,mean-face", "--clips", "3"]) == 0
+    assert (
+        evaluate.main(["rating-page", "--results", str(evaluated), "--rows", "truth,late-5,mean-face", "--clips", "3"])
+        == 0
+    )
     page = (evaluated / "rating.html").read_text()
     key = json.loads((evaluated / "rating.key.json").read_text())
     assert len(key["stimuli"]) == 9 and all(code in page for code in key["stimuli"])
@@ -389,16 +447,25 @@ def test_rating_results_give_the_known_means_and_leave_out_who_failed_a_check(ev
     evaluate.main(["rating-page", "--results", str(evaluated), "--rows", "truth,mean-face"])
     capsys.readouterr()
     key = json.loads((evaluated / "rating.key.json").read_text())
-    fair = lambda label, question: (4 if question == "sync" else 5) if label == "ground truth" else 2
+
+    def fair(label, question):
+        return (4 if question == "sync" else 5) if label == "ground truth" else 2
+
     for rater, score, check in (("a", fair, True), ("b", fair, True), ("liar", lambda *_: 1, False)):
         rows = answers_of(key, rater, score, check)
         (tmp_path / f"{rater}.json").write_text(json.dumps({"answers": rows}))
-        (tmp_path / f"{rater}.csv").write_text("\n".join([",".join(rows[0]), *(",".join(f'"{v}"' for v in r.values()) for r in rows)]))
+        (tmp_path / f"{rater}.csv").write_text(
+            "\n".join([",".join(rows[0]), *(",".join(f'"{v}"' for v in r.values()) for r in rows)])
+        )
     for suffix in ("json", "csv"):
         files = [str(tmp_path / f"{r}.{suffix}") for r in ("a", "b", "liar")]
         assert evaluate.main(["rating-results", *files, "--key", str(evaluated / "rating.key.json")]) == 0
         text = capsys.readouterr().out
-        assert "3 raters, 1 left out" in text and "| ground truth | 4.00 [4.00, 4.00] | 8 |" in text and "| mean face | 2.00" in text
+        assert (
+            "3 raters, 1 left out" in text
+            and "| ground truth | 4.00 [4.00, 4.00] | 8 |" in text
+            and "| mean face | 2.00" in text
+        )
     (tmp_path / "a.json").write_text("{}")
     assert evaluate.main(["rating-results", str(tmp_path / "a.json"), "--key", str(evaluated / "rating.key.json")]) == 1
 
@@ -407,12 +474,15 @@ def test_the_interval_of_a_mean_opinion_widens_when_scores_hang_together():
     rng = np.random.default_rng(0)
     alike = {r: [3 + bias] * 20 for r, bias in enumerate(rng.choice([-1, 1], 12))}
     apart = {r: list(rng.choice([2, 4], 20)) for r in range(12)}
-    width = lambda f: f["high"] - f["low"]
-    assert width(evaluate.mean_opinion(alike)) > 2 * width(evaluate.mean_opinion(apart))
+    alike, apart = evaluate.mean_opinion(alike), evaluate.mean_opinion(apart)
+    assert alike["high"] - alike["low"] > 2 * (apart["high"] - apart["low"])
 
 
 def test_the_paper_would_have_needed_861_ratings_a_system():
-    assert abs(evaluate.ratings_needed(3.5921 - 3.4572, 1.0) - 863) <= 2 and abs(evaluate.ratings_needed(0.5, 1.0) - 63) <= 1
+    assert (
+        abs(evaluate.ratings_needed(3.5921 - 3.4572, 1.0) - 863) <= 2
+        and abs(evaluate.ratings_needed(0.5, 1.0) - 63) <= 1
+    )
 
 
 def test_an_unknown_rating_set_is_refused(evaluated, tmp_path, capsys):
