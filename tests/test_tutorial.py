@@ -8,13 +8,12 @@ import linecache
 import os
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tutorial.ipynb"
-SECONDS = 300  # for a busy machine; two quiet cores need a fifth of it
+CPU_SECONDS = 150  # of all processes it starts; about a third of it is used
 
 
 def cells():
@@ -24,7 +23,7 @@ def cells():
 
 
 def execute():
-    """Runs the code cells in one namespace; a failure is quoted with cell and line, because linecache knows the cells as files."""
+    """Runs the code cells in one namespace; a failure is quoted with cell and line (linecache knows them)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,19 +44,21 @@ def execute():
 
 def test_every_cell_runs_in_order(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    begin = time.perf_counter()  # a process of its own: what it compiles and registers stays out of the other tests
-    run = subprocess.run([sys.executable, __file__], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    before = sum(os.times()[2:4])  # a process of its own: what it compiles and registers stays out of the other tests
+    run = subprocess.run([sys.executable, __file__], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                         timeout=1800)  # fmt: skip
     assert run.returncode == 0, f"{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
     assert "15 checks hold" in run.stdout
-    print(f"the notebook took {time.perf_counter() - begin:.0f} s")
+    assert sum(os.times()[2:4]) - before < CPU_SECONDS
 
 
 def test_a_failing_cell_is_quoted_with_its_line(tmp_path):
-    broken = {"cells": [{"cell_type": "markdown", "source": ["text"]}, {"cell_type": "code", "source": ["x = 1\n", "assert x == 2, 'so'"]}]}
+    code = {"cell_type": "code", "source": ["x = 1\n", "assert x == 2, 'so'"]}
+    broken = {"cells": [{"cell_type": "markdown", "source": ["text"]}, code]}
     (tmp_path / "broken.ipynb").write_text(json.dumps(broken))
-    command = f"import test_tutorial as t; t.NOTEBOOK = t.Path({str(tmp_path / 'broken.ipynb')!r}); t.execute()"
+    command = "import test_tutorial as t; t.NOTEBOOK = t.Path('broken.ipynb'); t.execute()"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
-    run = subprocess.run([sys.executable, "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 1
     assert 'File "tutorial.ipynb[cell 1]", line 2' in run.stderr and "assert x == 2, 'so'" in run.stderr
 
@@ -72,7 +73,8 @@ def test_committed_outputs_are_those_of_one_clean_run():
             assert output.get("name") != "stderr", f"{name}: {''.join(output['text'])}"
             printed += "".join(output.get("text", []))
     assert "Warning" not in printed and "Traceback" not in printed
-    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("check ")] == [f"check {n}" for n in range(1, 16)]
+    numbers = [int(line.split(":")[0][6:]) for line in printed.splitlines() if line.startswith("check ")]
+    assert numbers == list(range(1, 16))
 
 
 def test_every_figure_is_a_png_described_in_words():
@@ -80,7 +82,7 @@ def test_every_figure_is_a_png_described_in_words():
     for name, source, cell in cells():
         drawn = sum("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
         described = [line for line in source.splitlines() if line.startswith("# alt: ")]
-        assert len(described) == drawn == source.count("plt.show()"), f"{name}: {drawn} figures, {len(described)} descriptions"
+        assert len(described) == drawn == source.count("plt.show()"), f"{name}: {drawn} figures"
         figures += drawn
     assert figures >= 10
 
@@ -92,7 +94,7 @@ def test_the_notebook_is_small_and_asks_for_nothing_but_python():
             assert len(source.splitlines()) <= 50, f"{name}: {len(source.splitlines())} lines"
             for line in source.splitlines():
                 assert not line.lstrip().startswith(("!", "%")), f"{name}: {line}"
-                assert len(line) <= 140 or line.startswith("# alt: "), f"{name}: {line}"
+                assert len(line) <= 120, f"{name}: {line}"
 
 
 if __name__ == "__main__":
