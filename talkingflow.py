@@ -2,12 +2,12 @@
 TalkingFlow: talking-face landmarks from speech with a causal, conditional, weighted multi-scale normalizing flow.
 The whole method in this one file: sound features, flow, prior, trainer, sampler, live stream. Read it top to bottom.
 
-    python talkingflow.py train                   makes its own synthetic talkers and trains on them, minutes on a laptop CPU
-    python talkingflow.py sample                  writes a self-contained .html player: sampled faces speak a held-out sound
+    python talkingflow.py train                   make synthetic talkers and train on them, minutes on a laptop CPU
+    python talkingflow.py sample                  write a self-contained .html player: faces speak a held-out sound
     python talkingflow.py sample --audio me.wav   the same for your own sound
     python talkingflow.py stream < speech.pcm     one JSON line a frame, while the sound arrives
 
-[1] Liang, Zhou, Li, Zhang, Bao: TalkingFlow: talking facial landmark generation with multi-scale normalizing flow networks
+[1] Liang, Zhou, Li, Zhang, Bao: TalkingFlow, talking facial landmark generation with multi-scale normalizing flows
 [2] Kingma, Dhariwal: Glow, arXiv 1807.03039          [3] Dinh, Sohl-Dickstein, Bengio: Real NVP, arXiv 1605.08803
 [4] van den Oord et al.: PixelCNN decoders (the gate), arXiv 1606.05328
 
@@ -19,8 +19,8 @@ Glossary (the paper's symbol in brackets where it differs)
     x, c       landmarks (B, T, D) in 0..1 coordinates, log-mel spectrogram (B, T, M)
     z^(l)      latent of scale l (B, T, d_l), l = 1 the deepest; lambda_l its variance under the prior
     s, t       log-scale and shift of a coupling; m(c) the prior's mean given the sound
-Direction: forward is data -> noise (Eqs. 7-10), inverse is noise -> data. log p(x|c) = log p(z|c) + log|det dz/dx|, with
-the determinant of every layer signed: a coupling adds +sum(s). The README lists where this differs from the paper.
+Direction: forward is data -> noise (Eqs. 7-10), inverse is noise -> data. log p(x|c) = log p(z|c) + log|det dz/dx|,
+with the determinant of every layer signed: a coupling adds +sum(s). The README lists where this differs from the paper.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import base64
 import dataclasses
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -39,6 +40,7 @@ import sys
 import tempfile
 import time
 import warnings
+import wave
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,7 @@ import torch.nn.functional as F
 
 
 class UserError(ValueError):
-    """Something the user can mend. The command line prints it as one line, `error: <what>: <found> vs <expected>. <fix>`."""
+    """Something the user can mend, printed as one line: `error: <what>: <found> vs <expected>. <what to do>.`"""
 
 
 CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
@@ -76,11 +78,11 @@ class Config:
     init: str = "data"  # "data": PCA and Burg start from a batch; "random": Glow's start (the paper)
     lead: int = 0  # frames of sound the model hears ahead, a fixed delay (not in the paper; the data folder decides)
     scale_bound: float = 1.0  # |s| of a coupling stays below this (not in the paper)
-    dropout: float = 0.1  # in the ConditionTCNs (not in the paper)
+    dropout: float = 0.15  # in the ConditionTCNs, a third of it in the prior's mean (not in the paper)
     # training
     batch_size: int = 8  # clips a step, over all processes (Sec. 3: 128)
     seq_len: int = 80  # T: frames a training window (not in the paper; the authors' code has 3 s)
-    steps: int = 1500  # optimiser steps; 0: as many as `epochs` takes
+    steps: int = 4000  # optimiser steps; 0: as many as `epochs` takes
     epochs: int = 0  # passes over the training frames, where steps is 0 (Sec. 3: about 100)
     lr: float = 3e-3  # peak learning rate of Adam (Sec. 3: 1e-4)
     lr_final: float = 0.02  # cosine decay to this share of lr; 1: constant (the paper)
@@ -95,11 +97,10 @@ class Config:
 
     def __post_init__(self):
         self.dilations, self.lambdas = tuple(self.dilations), tuple(self.lambdas)
-        at_least_one = ("dim", "cond_dim", "hidden", "kernel_size", "num_scales", "steps_per_scale", "batch_size", "seq_len",
-                        "eval_interval")  # fmt: skip
-        not_negative = ("lead", "dropout", "steps", "epochs", "warmup", "weight_decay", "mean_lr", "mean_loss", "noise", "seed")
-        rules = [(name, getattr(self, name) >= 1, "at least 1") for name in at_least_one]
-        rules += [(name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in not_negative]
+        at_least_one = "dim cond_dim hidden kernel_size num_scales steps_per_scale batch_size seq_len eval_interval"
+        not_negative = "lead dropout steps epochs warmup weight_decay mean_lr mean_loss noise seed"
+        rules = [(name, getattr(self, name) >= 1, "at least 1") for name in at_least_one.split()]
+        rules += [(name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in not_negative.split()]
         rules += [(name, 0 < getattr(self, name) < math.inf, "above 0") for name in ("lr", "grad_clip", "scale_bound")]
         rules += [
             ("dropout", self.dropout < 1, "below 1"),
@@ -119,14 +120,14 @@ class Config:
 
     @staticmethod
     def preset(name):
-        """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors' code where it is
-        silent (steps a scale, hidden, kernel size), and needs a GPU."""
+        """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors' code where
+        it is silent (steps a scale, hidden, kernel size), and needs a GPU."""
         if name not in ("demo", "paper"):
             raise UserError(f"preset: {name} vs demo or paper. Choose one of the two")
         return Config() if name == "demo" else Config(
             cond_dim=80, hidden=256, kernel_size=3, steps_per_scale=6, prior="iid", prior_mean=False, init="random",
             dropout=0.0, batch_size=128, steps=0, epochs=100, lr=1e-4, lr_final=1.0, warmup=0,
-            weight_decay=0.0, mean_loss=0.0)  # fmt: skip
+            weight_decay=0.0, mean_loss=0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,9 +137,10 @@ class Config:
 class Mel:
     """Causal log-mel spectrogram: column t sees the samples before (t + 1) / fps seconds and no later one.
 
-    n_mels bands between fmin and fmax (Hz), a Hann window of `window` seconds. Power is divided by the window's squared sum
-    and the bands are defined in Hz, so that one sound gives the same numbers at any sample rate: no resampler is needed.
-    `level` divides by the whole sound's 95th-percentile frame energy, for voices and microphones never heard in training.
+    n_mels bands between fmin and fmax (Hz), a Hann window of `window` seconds. Power is divided by the window's squared
+    sum and the bands are defined in Hz, so that one sound gives the same numbers at any sample rate: no resampler is
+    needed. `level` divides by the whole sound's 95th-percentile frame energy, for voices and microphones never heard in
+    training.
     """
 
     def __init__(self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=False, fps=25, sample_rate=16000):
@@ -153,10 +155,11 @@ class Mel:
             warnings.simplefilter("ignore")
             bank = librosa.filters.mel(sr=sample_rate, n_fft=self.size, n_mels=n_mels, fmin=fmin, fmax=fmax)
         self.bank = bank / self.hann.sum() ** 2  # (M, bins)
-        self.past, self.frame, self.first = np.zeros(0, np.float32), 0, 0  # samples kept, columns done, index of past[0]
+        # samples kept, columns done, index of past[0]
+        self.past, self.frame, self.first = np.zeros(0, np.float32), 0, 0
 
     def _power(self, samples, first, start, stop):
-        """Mel power of columns start..stop-1 of a sound whose sample number `first` is samples[0]; zeros before sample 0."""
+        """Mel power of columns start..stop-1; samples[0] is number `first` of its sound, with zeros before number 0."""
         ends = np.floor(np.arange(start + 1, stop + 1) * self.sample_rate / self.fps).astype(int) - first
         samples = np.concatenate([np.zeros(self.size, np.float32), samples])
         power = [np.zeros((0, len(self.bank)), np.float32)]
@@ -183,7 +186,7 @@ class Mel:
         self.past = np.concatenate([self.past, np.asarray(samples, np.float32)])
         frames = self._frames(self.first + len(self.past))
         power = self._power(self.past, self.first, self.frame, frames)
-        keep = max(0, int((frames + 1) * self.sample_rate / self.fps) - self.size)  # where the next column's window starts
+        keep = max(0, int((frames + 1) * self.sample_rate / self.fps) - self.size)  # start of the next column's window
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
         return np.log(np.maximum(power, 1e-13))
@@ -197,8 +200,8 @@ _kernel = None  # what load_kernel found: a function, or False; None: not asked 
 
 
 def gated_causal_conv_reference(x, weight, bias, cond, dilation):
-    """The definition: tanh(a[:, :H]) * sigmoid(a[:, H:]),  a[:, o, t] = sum_ij weight[o, i, j] x[:, i, t - (k-1-j) dilation]
-    + bias[o] + cond[:, o, t], with x = 0 before t = 0: output t sees inputs up to t only.
+    """The definition: tanh(a[:, :H]) * sigmoid(a[:, H:]),  a[:, o, t] = sum_ij weight[o, i, j] x[:, i, t - (k-1-j)
+    dilation] + bias[o] + cond[:, o, t], with x = 0 before t = 0: output t sees inputs up to t only.
 
     x (B, C_in, T), weight (2H, C_in, k), bias (2H,) or None, cond (B, 2H, T) or None -> (B, H, T)
     """
@@ -336,8 +339,8 @@ def gated_causal_conv(x, weight, bias, cond, dilation):
 class ConditionTCN(nn.Module):
     """Causal dilated convolutions, the sound added before each gate: x (B, T, C), c (B, T, M) -> (B, T, out).
 
-    Output t sees x and c at 1 + (k-1) * sum(dilations) frames, t the latest. The last layer starts at zero, so that a new
-    coupling is the identity. `memory` carries each layer's last inputs from one block of a stream to the next.
+    Output t sees x and c at 1 + (k-1) * sum(dilations) frames, t the latest. The last layer starts at zero, so that a
+    new coupling is the identity. `memory` carries each layer's last inputs from one block of a stream to the next.
     """
 
     def __init__(self, channels, out_channels, config):
@@ -353,7 +356,8 @@ class ConditionTCN(nn.Module):
 
     def forward(self, x, c, memory=None):
         with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
-            h, conds = x.transpose(1, 2), self.cond(c).transpose(1, 2).chunk(len(self.layers), 1)  # (B, C, T), (B, 2H, T)
+            # (B, C, T), (B, 2H, T)
+            h, conds = x.transpose(1, 2), self.cond(c).transpose(1, 2).chunk(len(self.layers), 1)
             for layer, cond in zip(self.layers, conds):
                 past = (layer.kernel_size[0] - 1) * layer.dilation[0]
                 if memory is not None:  # the layer's last inputs stand where the zero padding of a whole sequence would
@@ -467,16 +471,17 @@ class FlowStep(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The prior of the latents. `iid` is Eq. 11. `ar2` is Eq. 6 at its word: z_t given z_<t and c.
-# Couplings, ActNorms and 1x1 convolutions multiply to a matrix polynomial in the lag whose determinant is constant, so with an
-# iid prior the (linearised) model spreads its log-volume evenly over all frequencies and smooth motion is out of reach: the
-# head trembles. A second-order autoregression per latent coordinate is the smallest cure, and the likelihood stays exact.
+# Couplings, ActNorms and 1x1 convolutions multiply to a matrix polynomial in the lag whose determinant is constant, so
+# with an iid prior the (linearised) model spreads its log-volume evenly over all frequencies and smooth motion is out
+# of reach: the head trembles. A second-order autoregression per latent coordinate is the smallest cure, and the
+# likelihood stays exact.
 
 
 class Prior(nn.Module):
     """Density of the latents z (B, T, D), deepest scale first, with marginal variances lambda_l.
 
-    ar2: r = z - m(c) is stationary, r_t = a1 r_{t-1} + a2 r_{t-2} + e_t for each coordinate by itself, given by its partial
-    autocorrelations p1, p2 in (-1, 1): a2 = p2, a1 = p1 (1 - p2), var e = lambda (1 - p1^2)(1 - p2^2).
+    ar2: r = z - m(c) is stationary, r_t = a1 r_{t-1} + a2 r_{t-2} + e_t for each coordinate by itself, given by its
+    partial autocorrelations p1, p2 in (-1, 1): a2 = p2, a1 = p1 (1 - p2), var e = lambda (1 - p1^2)(1 - p2^2).
     """
 
     def __init__(self, sizes, config):
@@ -486,7 +491,9 @@ class Prior(nn.Module):
         self.ar2 = config.prior == "ar2"
         if self.ar2:
             self.partial = nn.Parameter(torch.zeros(2, len(variance)))  # atanh of p1, p2
-        self.mean_net = ConditionTCN(config.cond_dim, len(variance), config) if self.ar2 and config.prior_mean else None
+        lighter = dataclasses.replace(config, dropout=config.dropout / 3)  # more, and the lips learn slowly; none overfits
+        has_mean = self.ar2 and config.prior_mean
+        self.mean_net = ConditionTCN(config.cond_dim, len(variance), lighter) if has_mean else None
 
     def mean(self, c, memory=None):
         """m(c) (B, T, D); 0 without a mean network."""
@@ -500,7 +507,8 @@ class Prior(nn.Module):
         r, variance = z - mean, self.variance
         if self.ar2:
             p1, p2 = self.partials()
-            before, before2 = F.pad(r, (0, 0, 1, 0))[:, :-1], F.pad(r, (0, 0, 2, 0))[:, :-2]  # r_{t-1}, r_{t-2}; 0 before t = 0
+            # r_{t-1}, r_{t-2}; 0 before t = 0
+            before, before2 = F.pad(r, (0, 0, 1, 0))[:, :-1], F.pad(r, (0, 0, 2, 0))[:, :-2]
             first, second = torch.zeros_like(p1), torch.ones_like(p1)
             T = r.shape[1]
             a1 = torch.stack([first, p1] + [p1 * (1 - p2)] * (T - 2))[:T]  # (T, D): the first two frames know less
@@ -542,10 +550,10 @@ class Prior(nn.Module):
 
 
 class TalkingFlow(nn.Module):
-    """An exact density p(x | c) of landmark sequences given sound, and a sampler of it. x (B, T, D), c (B, T, M), any T >= 1.
+    """An exact density p(x | c) of landmark sequences x (B, T, D) given sound c (B, T, M), any T >= 1, and its sampler.
 
-    After each scale but the deepest the transformed half leaves as that scale's latent (Eq. 10) and the other half goes on:
-    136 -> 68 -> 34 -> 17 coordinates. z_t depends on x and c up to frame t only, and x_t on z and c up to t only.
+    After each scale but the deepest the transformed half leaves as that scale's latent (Eq. 10) and the other half goes
+    on: 136 -> 68 -> 34 -> 17 coordinates. z_t depends on x and c up to frame t only, and x_t on z and c up to t only.
     """
 
     def __init__(self, config):
@@ -566,7 +574,8 @@ class TalkingFlow(nn.Module):
     def _check(self, x, c):
         D, M = self.config.dim, self.config.cond_dim
         if x.dim() != 3 or c.dim() != 3 or x.shape[:2] != c.shape[:2] or x.shape[2] != D or c.shape[2] != M:
-            raise UserError(f"shapes: x {tuple(x.shape)}, c {tuple(c.shape)} vs x (B, T, {D}), c (B, T, {M}). Check both")
+            raise UserError(f"shapes: x {tuple(x.shape)}, c {tuple(c.shape)} vs x (B, T, {D}), c (B, T, {M}). Check "
+                            f"both")
 
     def forward(self, x, c):
         """Data -> noise: a list of L latents (B, T, d_l) in the order of lambdas, and log|det dz/dx| (B,) in nats."""
@@ -600,7 +609,7 @@ class TalkingFlow(nn.Module):
         return self.prior.log_prob(torch.cat(zs, 2), self.prior_mean(c)) + logdet
 
     def nll(self, x, c):
-        """-log p(x | c) / (T D): nats per coordinate per frame (B,). -log p is a density's, so it may well be negative."""
+        """-log p(x | c) / (T D): nats per coordinate per frame (B,). p is a density, so this may well be negative."""
         return -self.log_prob(x, c) / (x.shape[1] * x.shape[2])
 
     def prior_mean(self, c, memory=None):
@@ -619,8 +628,9 @@ class TalkingFlow(nn.Module):
     def initialize(self, x, c):
         """The data-dependent start, once, from one large batch: every latent gets its prior's variance lambda_l.
 
-        ActNorm standardises each step's input. With init="data" the first 1x1 convolution becomes the PCA of x, the others
-        permutations (a rotation would mix slow and fast components again), and the prior's autocorrelations Burg's estimate.
+        ActNorm standardises each step's input. With init="data" the first 1x1 convolution becomes the PCA of x, the
+        others permutations (a rotation would mix slow and fast components again), and the prior's autocorrelations
+        Burg's estimate.
         """
         if self.initialized:
             raise UserError("initialize: a second time vs once. Build a new TalkingFlow")
@@ -633,7 +643,7 @@ class TalkingFlow(nn.Module):
                 step.actnorm.initialize(h, variance)
                 h = step.actnorm(h)[0]
                 if self.config.init == "data":
-                    step.conv.set_matrix(pca(h, variance) if step is self.scales[0][0] else interleave(h.shape[2]))
+                    step.conv.set_matrix(pca(h, variance) if step is self.scales[0][0] else shuffle(h.shape[2]))
                 h = step.coupling(step.conv(h)[0], c)[0]
             if scale is not self.scales[-1]:
                 h, z = h.split([h.shape[2] // 2, h.shape[2] - h.shape[2] // 2], 2)
@@ -643,19 +653,19 @@ class TalkingFlow(nn.Module):
 
 
 def pca(x, variance):
-    """The matrix (D, D) that gives x (B, T, D) uncorrelated coordinates of this variance, smallest principal component first."""
+    """The matrix (D, D) that gives x (B, T, D) uncorrelated coordinates of this variance, smallest component first."""
     values, vectors = torch.linalg.eigh(torch.cov(x.double().flatten(0, 1).T))
     return (variance / values.clamp_min(values[-1] * 1e-8)).sqrt()[:, None] * vectors.T
 
 
-def interleave(dim):
-    """The permutation (D, D) whose first half takes every second coordinate: what passed one coupling is changed by the next."""
-    return torch.eye(dim, dtype=torch.float64)[torch.cat([torch.arange(1, dim, 2), torch.arange(0, dim, 2)])]
+def shuffle(dim):
+    """A permutation (D, D), so that what passed one coupling may be changed by the next."""
+    return torch.eye(dim, dtype=torch.float64)[torch.randperm(dim)]
 
 
 class Stream:
-    """Faces while the sound arrives. Each layer keeps its last few inputs, so nothing of the past is computed again, and
-    blocks of any size give the frames of a whole-sequence sample (whose one block is the whole sound: see `sample`)."""
+    """Faces while the sound arrives. Each layer keeps its last few inputs, so nothing of the past is computed again,
+    and blocks of any size give the frames of a whole-sequence sample, whose one block is the whole sound."""
 
     def __init__(self, flow, batch_size, temperature, generator):
         self.flow, self.batch_size, self.temperature, self.generator = flow, batch_size, temperature, generator
@@ -667,7 +677,8 @@ class Stream:
         flow, training = self.flow, self.flow.training
         size = self.batch_size, flow.config.dim
         if c.dim() != 3 or len(c) != self.batch_size:
-            raise UserError(f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). Check its shape")
+            raise UserError(f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). Check "
+                            f"its shape")
         if c.shape[1] == 0:
             return c.new_zeros(size[0], 0, size[1])
         # frame by frame, so that the block sizes do not change the numbers drawn
@@ -687,14 +698,14 @@ class Stream:
 
 
 class Clips:
-    """The clips of a training folder. Nothing is read before it is asked for: 17 hours or 17 seconds cost the same memory."""
+    """The clips of a training folder, read when asked for: 17 hours or 17 seconds cost the same memory."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            raise UserError(f"{self.folder}: no meta.json vs a folder made by prepare_data.py. Run: python prepare_data.py SRC "
-                            f"--out {self.folder}")  # fmt: skip
+            raise UserError(f"{self.folder}: no meta.json vs a folder made by prepare_data.py. Run: python "
+                            f"prepare_data.py SRC --out {self.folder}")
         try:
             self.meta = json.loads(path.read_text())
             self.clips, self.fps = self.meta["clips"], self.meta["fps"]
@@ -703,10 +714,11 @@ class Clips:
             )
             frames = sum(clip["frames"] for clip in self.clips)
         except (OSError, ValueError, KeyError, EOFError, TypeError) as e:
-            raise UserError(f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. Prepare it again with --force")
+            raise UserError(f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. Prepare it again "
+                            f"with --force")
         if self.meta.get("format") != 1 or not len(self.landmarks) == len(self.mel) >= frames:
-            raise UserError(f"{self.folder}: {len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound vs {frames} in "
-                            f"meta.json. Prepare it again with --force")  # fmt: skip
+            raise UserError(f"{self.folder}: {len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound vs "
+                            f"{frames} in meta.json. Prepare it again with --force")
         self.dim, self.cond_dim = self.landmarks.shape[1], self.mel.shape[1]
 
     def split(self, name):
@@ -733,9 +745,10 @@ class Clips:
         return [(clips[i], int(starts[i] - 1 - pick)) for i, pick in zip(chosen, picks)]
 
     def batch(self, windows, T, lead=0, noise=0.0, generator=None):
-        """Landmarks x (B, T, D) with dequantisation noise of `noise` interocular distances, sound c (B, T, M) `lead` ahead."""
+        """Landmarks x (B, T, D) plus noise of `noise` interocular distances, sound c (B, T, M) heard `lead` ahead."""
         x = np.stack([self.landmarks[clip["start"] + s : clip["start"] + s + T] for clip, s in windows])
-        c = np.stack([lead_sound(self.mel[clip["start"] : clip["start"] + clip["frames"]], s, T, lead) for clip, s in windows])
+        mels = [self.mel[clip["start"] : clip["start"] + clip["frames"]] for clip, _ in windows]
+        c = np.stack([lead_sound(mel, s, T, lead) for mel, (_, s) in zip(mels, windows)])
         x = torch.from_numpy(x)
         if noise:
             x = x + noise * self.meta["interocular"] * torch.randn(x.shape, generator=generator)
@@ -743,7 +756,7 @@ class Clips:
 
 
 def lead_sound(mel, start, T, lead):
-    """Frames start..start+T-1 of a clip's log-mel (frames, M), heard `lead` frames ahead; the last column is repeated."""
+    """Frames start..start+T-1 of a clip's log-mel (frames, M) heard `lead` frames ahead, its last column repeated."""
     return mel[np.minimum(np.arange(start, start + T) + lead, len(mel) - 1)]
 
 
@@ -768,11 +781,11 @@ def write_atomically(path, write):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file. Runs no code from it, and refuses a damaged one: torch.load does not check the CRC."""
+    """The dict in a checkpoint file. Runs no code from it and refuses a damaged one: torch.load checks no CRC."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a checkpoint. Train one: python "
-                        f"talkingflow.py train")  # fmt: skip
+                        f"talkingflow.py train")
     try:
         if path.read_bytes()[:40].startswith(b"version https://git-lfs"):
             raise ValueError("a git-lfs pointer, fetch the file itself")
@@ -784,8 +797,8 @@ def read_checkpoint(path):
             raise ValueError(f"format {state['format']}")
         return state
     except Exception as e:  # zipfile, pickle and torch raise a dozen kinds for the same thing: not a checkpoint
-        raise UserError(f"{path}: unreadable ({str(e).splitlines()[0] if str(e) else type(e).__name__}) vs a TalkingFlow "
-                        f"checkpoint. Use another one or train again")  # fmt: skip
+        raise UserError(f"{path}: unreadable ({str(e).splitlines()[0] if str(e) else type(e).__name__}) vs a "
+                        f"TalkingFlow checkpoint. Use another one or train again")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -795,12 +808,13 @@ def load_checkpoint(path, device="cpu"):
         flow = TalkingFlow(Config(**state["config"]))
         flow.load_state_dict(state["model"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. Use the code that trained it")
+        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. Use the code that trained "
+                        f"it")
     return flow.eval().to(device), state
 
 
 def describe(clips):
-    """What a checkpoint remembers of its training data, to speak to new sounds in the same way and to name its sources."""
+    """What a checkpoint remembers of its training data, to hear new sounds in the same way and to name its sources."""
     keys = ("mel", "fps", "layout", "normalisation", "interocular", "sources", "fingerprint")
     return {key: clips.meta[key] for key in keys} | {"folder": str(clips.folder.resolve())}
 
@@ -817,10 +831,11 @@ class Objective(nn.Module):
         self.flow = flow
 
     def forward(self, x, c, mean_weight):
-        """Mean NLL of x (B, T, D) given c (B, T, M), nats per coordinate per frame, and the loss, which adds the mean's own error.
+        """Mean NLL of x (B, T, D) given c (B, T, M), nats per coordinate per frame, and the loss to minimise.
 
-        Under the ar2 prior m(c) is fitted through the filter 1 - a1 L - a2 L^2, that is on the fastest movements only. Its own
-        squared error, faded out in training, first teaches it the whole mouth; the likelihood then takes back what was too much.
+        Under the ar2 prior m(c) is fitted through the filter 1 - a1 L - a2 L^2, that is on the fastest movements only.
+        Its own squared error, added and faded out in training, first teaches it the whole mouth; the likelihood then
+        takes back what was too much.
         """
         zs, logdet = self.flow(x, c)
         z, mean, prior = torch.cat(zs, 2), self.flow.prior_mean(c), self.flow.prior
@@ -829,7 +844,7 @@ class Objective(nn.Module):
 
 
 def build_optimizer(flow, config):
-    """Adam; decay on the ConditionTCNs' weights only: pulling a rotation, an ActNorm or an autocorrelation to 0 means nothing."""
+    """Adam; decay on the ConditionTCNs' weights only: a rotation or an autocorrelation near 0 is no simpler."""
     groups = {}
     for name, parameter in flow.named_parameters():
         mean, decays = "mean_net" in name, (".net." in name or "mean_net" in name) and parameter.dim() > 1
@@ -838,7 +853,7 @@ def build_optimizer(flow, config):
         {"params": p, "scale": config.mean_lr if mean else 1.0,
          "weight_decay": config.weight_decay * decays / (config.mean_lr if mean else 1.0)}  # the same decay a step
         for (mean, decays), p in groups.items()
-    ]  # fmt: skip
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
@@ -888,11 +903,12 @@ def start_flow(config, clips, T):
     x, c = clips.batch(clips.draw(400, T, generator), T, config.lead, config.noise, generator)
     for name, values in (("landmarks", x), ("sound", c)):
         if not values.isfinite().all():
-            raise UserError(f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. Prepare it again with --force")
+            raise UserError(f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. Prepare it again with "
+                            f"--force")
     still = (x.std((0, 1)) < 1e-6).nonzero().flatten().tolist()
     if still:
-        raise UserError(f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. Train with --noise "
-                        f"0.0022 or mend the landmarks")  # fmt: skip
+        raise UserError(f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. Train with "
+                        f"--noise 0.0022 or mend the landmarks")
     flow = TalkingFlow(config)
     flow.initialize(x, c)
     return flow
@@ -919,14 +935,15 @@ class Trainer:
         self.config, self.clips, self.out, self.device = config, clips, Path(out), choose_device(device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.batch_size % self.world:
-            raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. Change --batch_size")
+            raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. Change "
+                            f"--batch_size")
         self.T = clips.window_length(config.seq_len)
         self.steps = config.steps or math.ceil(config.epochs * len(clips.windows("train", self.T)) / config.batch_size)
         load_kernel()  # says on stderr which backend runs the networks, and why
         self.held = {split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")}
         if not self.held["val"]:
-            raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. Prepare more clips or lower "
-                            f"--seq_len")  # fmt: skip
+            raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. Prepare more "
+                            f"clips or lower --seq_len")
         flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
         self.flow, self.optimizer = flow, build_optimizer(flow, config)
         self.step, self.best, self.skipped = 0, math.inf, 0
@@ -940,7 +957,8 @@ class Trainer:
                 self.generator.set_state(state["generator"])
                 torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
-            for net in flow.modules():  # the networks in bfloat16; the flow around them stays float32, so its inverse stays exact
+            # the networks in bfloat16; the flow around them stays float32, so its inverse stays exact
+            for net in flow.modules():
                 if isinstance(net, ConditionTCN):
                     net.precision = torch.bfloat16
         self.model = Objective(flow)
@@ -968,10 +986,10 @@ class Trainer:
             return
         self.skipped += 1
         names = ", ".join(clip["name"] for clip, _ in windows[:4])
-        print(f"step {self.step}: gradient not finite (nll {float(nll):.3f}; clips {names}, ...), step skipped", flush=True)
+        print(f"step {self.step}: gradient not finite (nll {float(nll):.3f}; clips {names}, ...), skipped", flush=True)
         if self.skipped == 5:
-            raise UserError(f"step {self.step}: 5 gradients in a row not finite vs finite ones. {self.out / 'checkpoint.pt'} keeps "
-                            f"the last good weights; lower --lr or mend these clips")  # fmt: skip
+            raise UserError(f"step {self.step}: 5 gradients in a row not finite vs finite ones. "
+                            f"{self.out / 'checkpoint.pt'} keeps the last good weights; lower --lr or mend these clips")
 
     def log(self, seconds):
         """Validate, append to log.jsonl, print, keep the best weights and everything that --resume needs."""
@@ -979,8 +997,9 @@ class Trainer:
         speed = self.config.batch_size * self.T / seconds  # of a step
         entry = {"step": self.step, **nlls, "frames_per_second": round(speed)}
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - self.step) * seconds))
-        print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} val nll {nlls['val_nll']:.4f} | "
-              f"{seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} left", flush=True)  # fmt: skip
+        print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} val nll "
+              f"{nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} "
+              f"left", flush=True)
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
         if nlls["val_nll"] < self.best:  # never true for NaN
@@ -989,13 +1008,13 @@ class Trainer:
         self.save_resume()
 
     def save(self, name, **more):
-        state = {"format": 1, "config": dataclasses.asdict(self.config), "data": describe(self.clips), "step": self.step,
-                 "model": self.flow.state_dict(), **more}  # fmt: skip
+        state = {"format": 1, "config": dataclasses.asdict(self.config), "data": describe(self.clips),
+                 "step": self.step, "model": self.flow.state_dict(), **more}
         write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def save_resume(self):
-        self.save("resume.pt", best=self.best, optimizer=self.optimizer.state_dict(), generator=self.generator.get_state(),
-                  torch_rng=torch.get_rng_state())  # fmt: skip
+        self.save("resume.pt", best=self.best, optimizer=self.optimizer.state_dict(),
+                  generator=self.generator.get_state(), torch_rng=torch.get_rng_state())
 
     def stop_asked(self, interrupt):
         """The number of a signal that any process got: all of them stop after the same step."""
@@ -1038,7 +1057,7 @@ def plot_losses(out, figures):
         axes.plot([e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour)
     for name, style in (("var2", ":"), ("var3", "--"), ("optimum", "-")):
         if name in figures:
-            axes.axhline(figures[name], color="#555555", linestyle=style, linewidth=1, label=name.upper().replace("R", "R "))
+            axes.axhline(figures[name], color="#555555", linestyle=style, lw=1, label=name.replace("var", "VAR "))
     axes.set(xlabel="step", ylabel="NLL, nats per coordinate per frame")
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -1063,10 +1082,12 @@ def train(args):
         config = Config(**state["config"])
         for name, value in args.config.items():
             if name not in ("steps", "eval_interval") and getattr(config, name) != value:
-                raise UserError(f"{name}: {value} vs {getattr(config, name)} in {out}. Leave it out, or start a new run")
+                raise UserError(f"{name}: {value} vs {getattr(config, name)} in {out}. Leave it out, or start a new "
+                                f"run")
         config = dataclasses.replace(config, **args.config)
         if clips.meta["fingerprint"] != state["data"]["fingerprint"]:
-            raise UserError(f"{clips.folder}: other data vs what {out} was trained on. Start a new run without --resume")
+            raise UserError(f"{clips.folder}: other data vs what {out} was trained on. Start a new run without "
+                            f"--resume")
         if state["step"] >= config.steps > 0:
             raise UserError(f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps")
     else:
@@ -1081,12 +1102,14 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
         if not state:
             (out / "log.jsonl").write_text("")
-        print(f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} training "
-              f"clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} on {trainer.device}",
-              flush=True)  # fmt: skip
+        print(f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} "
+              f"training clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} on "
+              f"{trainer.device}",
+              flush=True)
     signalled = trainer.run()
     if signalled and trainer.rank == 0:
-        print(f"{CLEAR}stopped after step {trainer.step}, saved. To go on: python talkingflow.py train --resume --out {out}")
+        print(f"{CLEAR}stopped after step {trainer.step}, saved. To go on: python talkingflow.py train --resume --out "
+              f"{out}")
     elif trainer.rank == 0:
         import evaluate
 
@@ -1114,11 +1137,13 @@ def default_data(args):
 
 def configure(args, clips):
     """The preset, then what the data asks for, then the flags."""
-    wanted = {"dim": clips.dim, "cond_dim": clips.cond_dim} | clips.meta.get("defaults", {})
+    asked = clips.meta["defaults"]  # lead and noise; the synthetic talkers also ask for dropout and steps
+    wanted = {name: asked[name] for name in asked if args.preset == "demo" or name in ("lead", "noise")}
+    wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim}
     for name in ("dim", "cond_dim"):
         if args.config.get(name, wanted[name]) != wanted[name]:
-            raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. Leave the flag out, or prepare the "
-                            f"data with other settings")  # fmt: skip
+            raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. Leave the flag out, or "
+                            f"prepare the data with other settings")
     return dataclasses.replace(Config.preset(args.preset), **(wanted | args.config))
 
 
@@ -1129,8 +1154,8 @@ def configure(args, clips):
 class Talker:
     """K faces that speak one sound, block by block: samples of the sound in, landmarks (K, n, D) out.
 
-    A face hears `lead` frames ahead, so its frames come that much later; `finish` returns the last of them. Each face draws its
-    own noise (seed, seed + 1, ...), so the number of faces does not change any of them.
+    A face hears `lead` frames ahead, so its frames come that much later; `finish` returns the last of them. Each face
+    draws its own noise (seed, seed + 1, ...), so the number of faces does not change any of them.
     """
 
     def __init__(self, flow, data, sample_rate, faces=1, temperature=1.0, seed=0):
@@ -1143,7 +1168,8 @@ class Talker:
     def speak(self, columns):
         """Log-mel columns (n, M) -> landmarks (K, n', D), n' < n while the look-ahead fills."""
         skip = min(self.waiting, len(columns))
-        self.heard, self.waiting, self.last = self.heard + len(columns), self.waiting - skip, columns[-1:] if len(columns) else self.last
+        self.heard, self.waiting = self.heard + len(columns), self.waiting - skip
+        self.last = columns[-1:] if len(columns) else self.last
         c = torch.from_numpy(columns[skip:])[None].to(self.device)
         return np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
 
@@ -1166,7 +1192,8 @@ def read_sound(path, seconds=20):
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. Check --audio")
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. Check "
+                        f"--audio")
     try:
         with soundfile.SoundFile(path) as f:
             for block in f.blocks(int(seconds * f.samplerate), dtype="float32", always_2d=True):
@@ -1179,11 +1206,12 @@ def read_sound(path, seconds=20):
                 warnings.simplefilter("ignore")
                 yield librosa.load(path, sr=None, mono=True)
         except Exception as e:  # audioread has many backends, and most of them fail without a text
-            raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. Convert it: ffmpeg -i {path} out.wav")
+            raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. Convert it: ffmpeg -i "
+                            f"{path} out.wav")
 
 
 def read_video(path, fps):
-    """A video's sound as one block of `read_sound`, its own landmarks (T, 68, 2), NaN where no face is, and their box."""
+    """A video's sound as one block of `read_sound`, its landmarks (T, 68, 2), NaN where no face is, and their box."""
     import prepare_data
 
     try:
@@ -1205,13 +1233,14 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
             talker = Talker(flow, data, rate, faces, temperature, seed)
             if rate / 2 < data["mel"]["fmax"]:
                 print(f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; the model has learned from up to "
-                      f"{data['mel']['fmax']:.0f} Hz", file=sys.stderr)  # fmt: skip
+                      f"{data['mel']['fmax']:.0f} Hz", file=sys.stderr)
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
         if not talker.mel.level:
             parts.append(talker.push(block))
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
     if not len(sound) or len(sound) * data["fps"] < rate:
-        raise UserError(f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. Use a longer sound")
+        raise UserError(f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. Use a "
+                        f"longer sound")
     if talker.mel.level:  # needs the whole sound before the first frame
         columns = talker.mel.columns(sound / np.float32(32768))
         parts = [talker.speak(block) for block in np.array_split(columns, len(columns) // 512 + 1)]
@@ -1220,14 +1249,17 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
 
 
 def held_out(data, name):
-    """A held-out clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
+    """A clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
     clips = Clips(data["folder"])
     if clips.meta["mel"] != data["mel"]:
-        raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. Prepare the data again as it was")
-    choices = [clip for clip in clips.clips if clip["name"] == name] if name else clips.split("test") or clips.split("val")
+        raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. Prepare the data "
+                        f"again as it was")
+    choices = clips.split("test") or clips.split("val")
+    if name:
+        choices = [clip for clip in clips.clips if clip["name"] == name]
     if not choices:
-        raise UserError(f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. See names in meta.json, or pass "
-                        f"--audio")  # fmt: skip
+        raise UserError(f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. See names in "
+                        f"meta.json, or pass --audio")
     clip = choices[0]
     rows = slice(clip["start"], clip["start"] + clip["frames"])
     sound = clips.audio[clip["audio_start"] : clip["audio_start"] + clip["audio_samples"]]
@@ -1256,13 +1288,15 @@ def sample(args):
         talker = Talker(flow, data, rate, faces, args.temperature, args.seed)
         x = np.concatenate([talker.speak(np.array(mel)), talker.finish()], 1)
     if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
-        raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. Train longer, or lower "
-                        f"--temperature")  # fmt: skip
+        raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. Train "
+                        f"longer, or lower --temperature")
     x = x.reshape(faces, -1, 68, 2).astype(np.float32)
-    info = {"fps": data["fps"], "layout": data["layout"], "seed": args.seed, "temperature": args.temperature, "audio": name,
-            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "box": box or [0.0, 0.0, 512.0]}  # fmt: skip
+    info = {"fps": data["fps"], "layout": data["layout"], "seed": args.seed, "temperature": args.temperature,
+            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "audio": name,
+            "box": box or [0.0, 0.0, 512.0]}
     write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
-    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) for {name}")
+    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) for "
+          f"{name}")
     return 0
 
 
@@ -1273,7 +1307,7 @@ def free_name(path):
 
 
 def stream(args):
-    """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as the sound arrives."""
+    """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
     flow, state = load_checkpoint(args.checkpoint or newest_run() / "checkpoint.pt", choose_device(args.device))
     talker = Talker(flow, state["data"], args.rate, 1, args.temperature, args.seed)
     frame, rest = 0, b""
@@ -1281,8 +1315,8 @@ def stream(args):
     def emit(x):
         nonlocal frame
         for points in x[0]:
-            line = {"frame": frame, "time": round(frame / state["data"]["fps"], 4), "landmarks": points.reshape(-1, 2).round(5).tolist()}
-            print(json.dumps(line), flush=True)
+            seconds, points = round(frame / state["data"]["fps"], 4), points.reshape(-1, 2).round(5).tolist()
+            print(json.dumps({"frame": frame, "time": seconds, "landmarks": points}), flush=True)
             frame += 1
 
     while piece := sys.stdin.buffer.read1(1 << 16):
@@ -1292,12 +1326,13 @@ def stream(args):
         emit(talker.push(np.frombuffer(piece[:whole], "<i2") / np.float32(32768)))
     emit(talker.finish())
     if not frame:
-        raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. Pipe in more")
+        raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. Pipe in "
+                        f"more")
     return 0
 
 
 def mouth_opening(landmarks):
-    """Inner-lip gap over inner-lip width of iBUG landmarks (..., 68, 2) -> (...): the paper's mouth open rate, as we read it."""
+    """Inner-lip gap over inner-lip width of iBUG landmarks (..., 68, 2) -> (...): our reading of mouth open rate."""
     gap = np.linalg.norm(landmarks[..., [61, 62, 63], :] - landmarks[..., [67, 66, 65], :], axis=-1).mean(-1)
     return gap / np.maximum(np.linalg.norm(landmarks[..., 60, :] - landmarks[..., 64, :], axis=-1), 1e-6)
 
@@ -1306,7 +1341,8 @@ def mouth_opening(landmarks):
 # What sample writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info)
 
 # the lines of a face in the 68-point iBUG layout: (first, last, closed)
-CURVES = [(0, 16, 0), (17, 21, 0), (22, 26, 0), (27, 30, 0), (31, 35, 0), (36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]
+CURVES = [(0, 16, 0), (17, 21, 0), (22, 26, 0), (27, 30, 0), (31, 35, 0)]  # jaw, brows, nose
+CURVES += [(36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]  # eyes, outer and inner lip
 
 
 def write_npz(path, x, truth, sound, rate, info):
@@ -1320,11 +1356,11 @@ def write_npy(path, x, truth, sound, rate, info):
 
 
 def write_csv(path, x, truth, sound, rate, info):
-    """OpenFace's columns, in pixels of the clip's own frame, or of a 512-pixel square for a new sound; face_id is the sample."""
+    """OpenFace's columns, in pixels of the clip's frame, or of a 512-pixel square; face_id is the sample."""
     (x0, y0, side), points = info["box"], range(x.shape[2])
     with open(path, "w") as f:
-        columns = ["frame", "face_id", "timestamp", "confidence", "success", *(f"x_{i}" for i in points), *(f"y_{i}" for i in points)]
-        f.write(", ".join(columns) + "\n")
+        names = ["frame", "face_id", "timestamp", "confidence", "success"] + [f"{v}_{i}" for v in "xy" for i in points]
+        f.write(", ".join(names) + "\n")
         for face, track in enumerate(x):
             for i, frame in enumerate(track):
                 pixels = [f"{v:.3f}" for v in (x0 + side * frame[:, 0]).tolist() + (y0 + side * frame[:, 1]).tolist()]
@@ -1348,7 +1384,7 @@ def frame_pictures(x, truth, size=240):
                 continue
             for first, last, closed in CURVES:
                 curve = [tuple(p) for p in points[[*range(first, last + 1), *[first] * closed]]]
-                pen.line(curve, fill=("#b3402a" if first >= 48 else "#8a8a8a" if truth is not None and i == 0 else "#22303c"), width=2)
+                pen.line(curve, "#b3402a" if first >= 48 else "#22303c" if truth is None or i else "#8a8a8a", 2)
         yield picture
 
 
@@ -1359,9 +1395,11 @@ def write_gif(path, x, truth, sound, rate, info):
 
 def wav_bytes(sound, rate):
     """16-bit mono samples as the bytes of a .wav file."""
-    header = b"RIFF" + (36 + 2 * len(sound)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
-    header += b"".join(n.to_bytes(size, "little") for n, size in ((1, 2), (1, 2), (rate, 4), (2 * rate, 4), (2, 2), (16, 2)))
-    return header + b"data" + (2 * len(sound)).to_bytes(4, "little") + np.asarray(sound, "<i2").tobytes()
+    with io.BytesIO() as file, wave.open(file, "wb") as f:
+        f.setparams((1, 2, rate, len(sound), "NONE", ""))
+        f.writeframes(np.asarray(sound, "<i2").tobytes())
+        f.close()
+        return file.getvalue()
 
 
 def write_mp4(path, x, truth, sound, rate, info):
@@ -1372,9 +1410,10 @@ def write_mp4(path, x, truth, sound, rate, info):
         wav.write_bytes(wav_bytes(sound, rate))
         pictures = frame_pictures(x, truth, 480)
         first = next(pictures)
-        command = ["ffmpeg", "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "%dx%d" % first.size, "-r",
-                   str(info["fps"]), "-i", "-", "-i", str(wav), "-pix_fmt", "yuv420p", "-c:a", "aac", "-f", "mp4", str(path)]  # fmt: skip
-        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        size = f"{first.size[0]}x{first.size[1]}"
+        options = f"-y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {info['fps']} -i - -i".split()
+        options = [*options, str(wav), *"-pix_fmt yuv420p -c:a aac -f mp4".split(), str(path)]
+        process = subprocess.Popen(["ffmpeg", *options], stdin=subprocess.PIPE)
         for picture in (first, *pictures):
             process.stdin.write(picture.tobytes())
         process.stdin.close()
@@ -1395,14 +1434,16 @@ def write_html(path, x, truth, sound, rate, info):
         "names": names, "fps": info["fps"], "frames": x.shape[1], "curves": CURVES, "truth": truth is not None,
         "title": f"{info['audio']} at temperature {info['temperature']:g}", "seed": info["seed"],
         "points": base64.b64encode(scaled.astype("<i2").tobytes()).decode(),
-        "mouth": [[None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()], "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
-        "wave": [round(float(np.abs(part).max()) / 32768, 3) if len(part) else 0 for part in np.array_split(sound.astype(np.int32), 600)],
-    }  # fmt: skip
+        "mouth": [[None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()],
+        "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
+        "wave": [float(np.abs(part, dtype=float).max(initial=0)) / 32768 for part in np.array_split(sound, 600)],
+    }
     player = (Path(__file__).parent / "assets" / "player.html").read_text()
     path.write_text(player.replace("__PAGE__", json.dumps(page).replace("</", "<\\/")))
 
 
-WRITERS = {".html": write_html, ".npz": write_npz, ".csv": write_csv, ".npy": write_npy, ".gif": write_gif, ".mp4": write_mp4}
+WRITERS = {".html": write_html, ".npz": write_npz, ".csv": write_csv, ".npy": write_npy, ".gif": write_gif}
+WRITERS[".mp4"] = write_mp4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1415,11 +1456,16 @@ def add_config_flags(parser):
     group = parser.add_argument_group("the numbers of a run (default: the preset's)")
     for field in dataclasses.fields(Config):
         kind = type(field.default)
-        convert = {bool: truth_value, tuple: lambda text: tuple(float(v) if "." in v else int(v) for v in text.split(","))}.get(kind, kind)
+        convert = {bool: truth_value, tuple: numbers}.get(kind, kind)
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
         shown = ",".join(map(str, field.default)) if kind is tuple else field.default
-        group.add_argument(*sorted(flags, reverse=True), dest=f"config.{field.name}", type=convert, default=argparse.SUPPRESS,
-                           metavar=kind.__name__, help=f"{comments[field.name]} [demo: {shown}]".replace("%", "%%"))  # fmt: skip
+        text = f"{comments[field.name]} [demo: {shown}]".replace("%", "%%")
+        group.add_argument(*sorted(flags, reverse=True), dest=f"config.{field.name}", type=convert, help=text,
+                           metavar=kind.__name__, default=argparse.SUPPRESS)
+
+
+def numbers(text):
+    return tuple(float(v) if "." in v else int(v) for v in text.split(","))
 
 
 def truth_value(text):
@@ -1442,16 +1488,19 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     voice = argparse.ArgumentParser(add_help=False)
     voice.add_argument("--checkpoint", help="a run's checkpoint.pt [of the newest run]")
-    voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0, help="of the noise; 0: the central track [1]")
+    voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0, help="of the noise; 0: the central "
+                                                                                      "track [1]")
 
-    p = commands.add_parser("train", parents=[shared], help="train a flow", description="Train a flow on a prepared folder.")
+    p = commands.add_parser("train", parents=[shared], help="train a flow", description="Train a flow on a prepared "
+                                                                                        "folder.")
     p.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
     p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
     p.add_argument("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
@@ -1461,17 +1510,20 @@ def build_parser():
     p.set_defaults(run=train)
 
     p = commands.add_parser("sample", parents=[shared, voice], help="make faces speak a sound",
-                            description="Sample landmarks for a sound, or for a held-out clip of the training data.")  # fmt: skip
+                            description="Sample landmarks for a sound, or for a held-out clip of the training data.")
     p.add_argument("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
     p.add_argument("--clip", help="name of a clip in the training folder [the first held-out one]")
     p.add_argument("--num-samples", type=bounded(int, 1, 64), default=3, help="faces, each with its own noise [3]")
-    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the first face; the next ones count up [0]")
-    p.add_argument("--out", help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the checkpoint]")
+    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the first face; the next ones count up "
+                                                                          "[0]")
+    p.add_argument("--out", help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the "
+                                 f"checkpoint]")
     p.add_argument("--force", action="store_true", help="overwrite --out")
     p.set_defaults(run=sample)
 
     p = commands.add_parser("stream", parents=[shared, voice], help="speak live",
-                            description="Raw 16-bit mono PCM on stdin -> one JSON line a frame on stdout, as the sound arrives.")  # fmt: skip
+                            description="Raw 16-bit mono PCM on stdin -> one JSON line a frame on stdout, as the sound "
+                                        "arrives.")
     p.add_argument("--rate", type=bounded(int, 4000, 384000), default=16000, help="sample rate of the PCM, Hz [16000]")
     p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
     p.set_defaults(run=stream)
@@ -1496,5 +1548,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.modules["talkingflow"] = sys.modules["__main__"]  # prepare_data.py and evaluate.py import this module, not a second copy
+    # prepare_data.py and evaluate.py import this module, not a second copy
+    sys.modules["talkingflow"] = sys.modules["__main__"]
     sys.exit(main())
