@@ -61,14 +61,14 @@ def run_driver(program, *args, tsan=False, order=None):
     env = os.environ | ({"CUDA_ON_CPU_ORDER": order} if order else {})
     env["UBSAN_OPTIONS"], env["TSAN_OPTIONS"] = "print_stacktrace=0", "halt_on_error=1"
     done = subprocess.run(
-        [*command, *args], env=env, capture_output=True, text=True, errors="replace", timeout=120, check=False
+        [*command, *args], env=env, capture_output=True, text=True, errors="replace", timeout=600, check=False
     )
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    """gated_causal_conv on csrc/gated_conv.cu run by the CPU; built once a session (6 s)."""
+    """gated_causal_conv on csrc/gated_conv.cu run by the CPU; built once a test run (6 s)."""
     if NO_GXX:
         pytest.skip(NO_GXX)
     from torch.utils import cpp_extension
