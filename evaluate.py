@@ -1053,6 +1053,8 @@ def score(outcome, held, net):
 
 def optimum(held):
     """Exact NLL of each window of the synthetic talkers (N,)."""
+    if all(clip["frames"] == held.T for clip, _ in held.windows):
+        return np.array([clip["optimal_nll"] for clip, _ in held.windows])
     import prepare_data
 
     return prepare_data.Talker().nll(held.x, held.articulation())
@@ -1125,7 +1127,11 @@ def run_rows(names, job, jobs):
         slow_first = sorted(names, key=lambda name: (name not in SYSTEMS, name not in FLOWS))
         with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             futures = {name: pool.submit(run_row, name, job) for name in slow_first}
-            found = [futures[name].result() for name in names]
+            try:
+                found = [futures[name].result() for name in names]
+            except BaseException:  # Ctrl-C or a row that cannot be: the rows that wait are not started
+                pool.shutdown(cancel_futures=True)
+                raise
     return {label: row | {"group": ROWS[name][0], "name": name} for name, rows in zip(names, found, strict=True)
             for label,
             row in rows.items()}
@@ -1560,23 +1566,29 @@ def rating_results(args):
 # Command line
 
 
+def newest_checkpoint(clips):
+    """checkpoint.pt of the newest run under runs/ that was trained on these clips, or None."""
+    for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if talkingflow.read_checkpoint(path)["data"]["fingerprint"] == clips.meta["fingerprint"]:
+            return path
+    return None
+
+
 def tables(args):
     """`python evaluate.py`: every row, the tables on stdout, results.json and figures in --out."""
     folder = args.data or talkingflow.default_data(argparse.Namespace(preset="demo"))
     out = Path(args.out or Path("runs") / f"evaluation-{Path(folder).name}")
-    checkpoint = args.checkpoint
-    if not checkpoint and not args.data and list(Path("runs").glob("*/checkpoint.pt")):
-        checkpoint = talkingflow.newest_run() / "checkpoint.pt"
+    held = Held(talkingflow.Clips(folder), args.clips, args.seed, args.draws)
+    checkpoint = args.checkpoint or newest_checkpoint(held.clips)
     if checkpoint:
         talkingflow.read_checkpoint(checkpoint)  # or a clear refusal, before an hour of other rows
-    held = Held(talkingflow.Clips(folder), args.clips, args.seed, args.draws)
     absent = {"checkpoint": not checkpoint, "exact": "modes" not in held.clips.meta}
     names = [name for name in ROWS if not absent.get(name)] if args.rows == "all" else args.rows.split(",")
     for name in names:
         if name not in ROWS or absent.get(name):
             raise UserError(f"rows: {name} vs {', '.join(n for n in ROWS if not absent.get(n))}. Change --rows")
     if absent["checkpoint"]:
-        print("no checkpoint given and none under runs/: the table is without that row", file=sys.stderr)
+        print("no checkpoint of this data under runs/, and none given: the table is without that row", file=sys.stderr)
     size = 1 if args.release_sizes else SMALL
     job = {"data": str(folder), "out": out, "clips": args.clips, "seed": args.seed, "draws": args.draws,
            "steps": args.steps,
@@ -1604,7 +1616,7 @@ def build_parser():
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
     parser.add_argument("--checkpoint",
-                        help="a run's checkpoint.pt for the last row [without --data: of the newest run]")
+                        help="a run's checkpoint.pt for the last row [of the newest run on this data]")
     parser.add_argument("--out", help="folder of results.json, figures and cached rows [runs/evaluation-DATA]")
     parser.add_argument("--rows", default="all", help=f"some of {','.join(ROWS)} [all]")
     parser.add_argument("--steps", type=count(int, 1), default=600, help="optimiser steps of each trained row [600]")
