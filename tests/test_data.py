@@ -331,7 +331,7 @@ def test_splits_hold_out_whole_sources_and_do_not_depend_on_their_order(tmp_path
     assert {c["speaker"] for c in meta["clips"] if c["split"] == "test"} == {"s1"}
     assert {c["speaker"] for c in meta["clips"] if c["split"] != "test"} == {"s0", "s2"}
     _, err = prepare(tmp_path / "in", "--out", tmp_path / "d", "--test-speakers", "s9", rc=1)
-    assert err == "error: --test-speakers: s9 vs s0, s1, s2. Name speakers that are there\n"
+    assert err == "error: --test-speakers: s9 vs s0, s1, s2. Name some of these\n"
 
 
 def test_one_long_recording_is_cut_and_its_last_pieces_are_held_out(tmp_path):
