@@ -747,12 +747,16 @@ MESH_TO_IBUG = [127, 234, 93, 132, 172, 136, 149, 176, 152, 400, 378, 365, 397, 
                 61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]      # lips
 
 
+def require(package, install):
+    if not importlib.util.find_spec(package):
+        raise UserError(f"{package}: not installed vs needed for videos. {install}")
+
+
 def find_model(extractor, model):
     """The path of the landmark model, checked: what is missing or another file is told before any work."""
     package, install, holder, name, sha256, _ = EXTRACTORS[extractor]
     for needed in ("av", package):
-        if not importlib.util.find_spec(needed):
-            raise UserError(f"{needed}: not installed vs needed for videos. {install}")
+        require(needed, install)
     if not model:
         spec = importlib.util.find_spec(holder)
         options = [Path(folder) / name for folder in (spec.submodule_search_locations if spec else [])]
@@ -845,6 +849,7 @@ def decode(container, stream, part):
 
 def read_video_sound(path, part=(0.0, np.inf)):
     """The sound of a video -> (float32 (S,) mono, 16,000, the second at which it begins, in the picture's time)."""
+    require("av", "pip install av")
     import av
     with open_video(path) as container:
         if not container.streams.audio:

@@ -421,6 +421,12 @@ def test_bad_sounds_and_outputs_end_in_one_line_and_leave_nothing(trained, tmp_p
     fails(run_process(folder, "stream", input="", text=True), "standard input")
 
 
+def test_a_video_without_its_decoder_says_what_to_install(trained, tmp_path, monkeypatch):
+    (tmp_path / "talk.mp4").write_bytes(b"\0" * 100)
+    monkeypatch.setitem(sys.modules, "av", None)
+    fails(run(trained[0], "sample", "--audio", tmp_path / "talk.mp4", "--out", tmp_path / "x.npz"), "pip install av")
+
+
 def test_mp4_without_ffmpeg_says_what_to_do(trained, tmp_path):
     env = dict(ENV, PATH=str(tmp_path))
     command = [sys.executable, str(ROOT / "talkingflow.py"), "sample", "--out", str(tmp_path / "a.mp4")]
