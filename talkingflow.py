@@ -1065,18 +1065,18 @@ def plot_losses(out, figures):
     plt.close(figure)
 
 
-def newest_run(name="checkpoint.pt"):
-    """The run folder under runs/ whose file `name` was written last."""
-    found = sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+def newest_run():
+    """The run folder under runs/ that was saved last."""
+    found = sorted(Path("runs").glob("*/resume.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(f"runs/: no {name} vs a trained run. Run: python talkingflow.py train")
+        raise UserError("runs/: no resume.pt vs a run to go on with. Run: python talkingflow.py train")
     return found[-1].parent
 
 
 def train(args):
     """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
     if args.resume:
-        out = Path(args.out) if args.out else newest_run("resume.pt")
+        out = Path(args.out) if args.out else newest_run()
         state = read_checkpoint(out / "resume.pt")
         clips = Clips(args.data or state["data"]["folder"])
         config = Config(**state["config"])
@@ -1250,6 +1250,8 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
 
 def held_out(data, name):
     """A clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
+    if not (Path(data["folder"]) / "meta.json").is_file():
+        raise UserError("training clips: not on this machine vs a held-out one to speak. Pass --audio, or train a run here")
     clips = Clips(data["folder"])
     if clips.meta["mel"] != data["mel"]:
         raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. Prepare the data "
@@ -1268,10 +1270,11 @@ def held_out(data, name):
 
 def sample(args):
     """`python talkingflow.py sample`: landmarks for a sound, written in the format of --out's suffix."""
-    checkpoint = Path(args.checkpoint) if args.checkpoint else newest_run() / "checkpoint.pt"
+    checkpoint = find_checkpoint(args)
     flow, state = load_checkpoint(checkpoint, choose_device(args.device))
     data, faces = state["data"], args.num_samples
-    out = Path(args.out) if args.out else free_name(checkpoint.parent / "sample.html")
+    folder = Path() if checkpoint == PRETRAINED else checkpoint.parent
+    out = Path(args.out) if args.out else free_name(folder / "sample.html")
     if out.suffix not in WRITERS:
         raise UserError(f"{out}: suffix {out.suffix or 'missing'} vs {', '.join(WRITERS)}. Change --out")
     if out.exists() and not args.force:
@@ -1300,6 +1303,15 @@ def sample(args):
     return 0
 
 
+PRETRAINED = Path(__file__).parent / "pretrained" / "grid-s1.pt"  # one man's voice and face: see the card beside it
+
+
+def find_checkpoint(args):
+    """--checkpoint, or that of the newest run, or the one that comes with this project."""
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    return Path(args.checkpoint) if args.checkpoint else runs[-1] if runs else PRETRAINED
+
+
 def free_name(path):
     """path, or path with the first free number."""
     names = [path] + [path.with_stem(f"{path.stem}-{i}") for i in range(2, 10000)]
@@ -1308,7 +1320,7 @@ def free_name(path):
 
 def stream(args):
     """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
-    flow, state = load_checkpoint(args.checkpoint or newest_run() / "checkpoint.pt", choose_device(args.device))
+    flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
     talker = Talker(flow, state["data"], args.rate, 1, args.temperature, args.seed)
     frame, rest = 0, b""
 
@@ -1496,7 +1508,7 @@ def build_parser():
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     voice = argparse.ArgumentParser(add_help=False)
-    voice.add_argument("--checkpoint", help="a run's checkpoint.pt [of the newest run]")
+    voice.add_argument("--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]")
     voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0, help="of the noise; 0: the central "
                                                                                       "track [1]")
 

@@ -211,6 +211,13 @@ def test_sample_without_names_takes_the_newest_run_and_never_overwrites(trained)
     assert sorted(p.name for p in folder.glob("runs/*/sample*")) == ["sample-2.html", "sample.html"]
 
 
+def test_without_a_run_the_pretrained_weights_speak(tmp_path):
+    write_wav(tmp_path / "a.wav", 1.0)
+    done = run(tmp_path, "sample", "--audio", "a.wav")
+    assert done.returncode == 0 and (tmp_path / "sample.html").is_file(), done.stderr
+    fails(run(tmp_path, "sample"), "Pass --audio")
+
+
 def test_a_sample_does_not_depend_on_how_many_are_drawn(trained, tmp_path):
     folder, _ = trained
     for faces in (1, 3):
@@ -374,7 +381,7 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
         fails(run(folder, "sample", "--checkpoint", path), name, "vs a TalkingFlow checkpoint")
     fails(run(folder, "sample", "--checkpoint", tmp_path), "a folder")
     fails(run(folder, "sample", "--checkpoint", tmp_path / "none.pt"), "no such file")
-    fails(run(tmp_path, "sample"), "no checkpoint.pt")
+    fails(run(tmp_path, "train", "--resume"), "no resume.pt")
 
 
 def test_a_checkpoint_runs_no_code(trained, tmp_path):
