@@ -1073,13 +1073,13 @@ def truth_spread(held):
 def train_syncnet(held, out, steps):
     """The SyncNet of this data, cached in out/syncnet.pt, and its check on held-out truth; None where it may not
     score."""
+    torch.manual_seed(held.seed)
     path, net, key = out / "syncnet.pt", SyncNet(), [held.clips.meta["fingerprint"], held.seed, steps, held.T]
     if path.is_file():
         state = torch.load(path, weights_only=True)
         if state["key"] == key:
             net.load_state_dict(state["model"])
             return net.eval(), net.check(lip_shapes(held.x), held.sync_sound())
-    torch.manual_seed(held.seed)
     x, _, windows = held.training(600)
     net.fit(lip_shapes(x.numpy()), held.fine(windows, held.T)[:, 24:], steps, held.seed)
     talkingflow.write_atomically(path, lambda p: torch.save({"key": key, "model": net.state_dict()}, p))
