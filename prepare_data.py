@@ -459,7 +459,7 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
     writer = FolderWriter(new_folder(out, force), n_mels, articulators=4)
     meta = {"format": 1, "fps": FPS, "layout": "ibug68", "normalisation": "none", "mel": mel,
             "sample_rate": SAMPLE_RATE,
-            "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 1500}, "skipped": {}, "clips": [],
+            "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 1200}, "skipped": {}, "clips": [],
             "sources": [{"source": "synthetic talkers", "licence": "none needed: computed", "extractor": "exact"}],
             "mean_face": talker.mean.tolist(), "modes": talker.modes.tolist(), "optimum": {}}
     progress, done, widths = Progress("synthetic talkers", sum(counts.values())), 0, []

@@ -940,6 +940,8 @@ class Trainer:
         self.T = clips.window_length(config.seq_len)
         self.steps = config.steps or math.ceil(config.epochs * len(clips.windows("train", self.T)) / config.batch_size)
         load_kernel()  # says on stderr which backend runs the networks, and why
+        if self.device.type == "cpu" and config.hidden <= 64 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
         self.held = {split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")}
         if not self.held["val"]:
             raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. Prepare more "
