@@ -177,6 +177,7 @@ def velocity_products(track):
 
 
 def ratio(sums):
+    """A numerator over a denominator, both summed over clips."""
     return float(sums[0] / max(sums[1], 1e-30))
 
 
@@ -237,6 +238,8 @@ def summary(values, statistic=None, draws=1000, seed=0):
 
 
 class SyncNet(nn.Module):
+    """Two towers that put lips and sound on one sphere, near each other where they belong together (see above)."""
+
     FRAMES, COLUMNS, BANDS = 5, 20, 40  # five frames, four columns each
 
     def __init__(self):
@@ -343,7 +346,7 @@ class Held:
         self.windows = clips.windows(self.split, self.T, limit)
         if len(self.windows) < 2:
             raise UserError(f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. "
-                            f"Prepare more clips")
+                            "Prepare more clips")
         self.hear = talkingflow.Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps,
                                     sample_rate=clips.meta["sample_rate"])
         self.columns = {}
@@ -471,6 +474,7 @@ class SoundFeatures:
 
 
 def shifted(frames):
+    """The truth, `frames` frames late: what a row loses by bad timing alone."""
     def row(held, job):
         x = held.x
         return {"": Outcome(np.concatenate([np.repeat(x[:, :1], frames, 1), x[:, : x.shape[1] - frames]], 1)[None])}
@@ -485,6 +489,7 @@ def wrong_clip_row(held, job):
 
 
 def constant_row(over):
+    """The training mean over the axes `over` of (N, T, D): the mean face, or the time-mean track, without sound."""
     def row(held, job):
         x = held.training(1000)[0].numpy()
         return {"": Outcome(np.broadcast_to(x.mean(over, keepdims=True), held.x.shape)[None].copy())}
@@ -528,6 +533,7 @@ def nearest_row(held, job):
 
 
 def var_row(order):
+    """A vector autoregression of this order with sound: the linear line that a deep model must beat."""
     def row(held, job):
         clock = time.perf_counter()
         x, c, _ = held.training(2000)
@@ -597,6 +603,7 @@ def learn_lambdas(trainer):
 
 
 def flow_row(name):
+    """A TalkingFlow trained with the changes FLOWS[name], sampled at temperature 1 and 0."""
     def row(held, job):
         out, clips = job["out"] / "rows" / name, Silence(held.clips) if name == "no-audio" else held.clips
         config = dataclasses.replace(held.config, **FLOWS[name][1], steps=job["steps"],
@@ -740,6 +747,8 @@ class Eskimez(nn.Module):
 
 
 class PCA(nn.Module):
+    """The first principal components of x (N, T, D), scaled so that the largest code has variance 1."""
+
     def __init__(self, x, components):
         super().__init__()
         self.register_buffer("mean", x.mean((0, 1)))
@@ -766,6 +775,7 @@ def convolutions(*layers):
 
 
 def perceptron(*sizes):
+    """Linear layers of these sizes, each followed by a ReLU."""
     return nn.Sequential(*(part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())))
 
 
@@ -1341,7 +1351,7 @@ def draw_figures(out, rows, held):
         mouth = mouth_opening(points(held.x[0]))
         middle = int(np.argmax(mouth[4:-4])) + 4  # around the widest mouth, two frames apart
         frames = [t for t in range(middle - 8, middle + 9, 2) if 0 <= t < held.T]
-        figure(out / "strips.png", 10, 1.25 * len(strips) + 0.4, lambda axes: draw_strips(axes, strips, frames,
+        figure(out / "strips.png", 10, 0.95 * len(strips) + 0.4, lambda axes: draw_strips(axes, strips, frames,
             held.fps), rows=len(strips))
         made.append("strips.png")
     return made
@@ -1438,8 +1448,8 @@ def rating_page(args):
     have = {row["name"] for row in results["rows"].values()}
     names = [name for name in args.rows.split(",") if name in have and (folder / "rows" / f"{name}.npy").is_file()]
     if len(names) < 2:
-        raise UserError(f"{folder}: {len(names)} of the systems {args.rows} vs at least 2. Evaluate them first, or "
-                        "change --rows")
+        raise UserError(f"{folder}: {len(names)} of the systems {args.rows} vs at least 2. "
+                        "Evaluate them first, or change --rows")
     sounds, stimuli, key = [], [], {}
     for number, (clip, s) in enumerate(held.windows[: args.clips]):
         rate = held.clips.meta["sample_rate"]
@@ -1490,8 +1500,8 @@ def read_answers(path):
         rows = [row | {"score": int(row["score"]), "trial": int(row["trial"])} for row in rows]
         wrong = next((row["score"] for row in rows if row["score"] not in range(1, 6)), None)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. Ask "
-                        "the rater again") from None
+        raise UserError(f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. "
+                        "Ask the rater again") from None
     if wrong is not None:
         raise UserError(f"{path}: a score of {wrong} vs 1 to 5. Ask the rater again")
     return rows
@@ -1529,8 +1539,8 @@ def rating_results(args):
     for file in args.files:
         for answer in read_answers(file):
             if answer["set"] != key["set"]:
-                raise UserError(f"{file}: answers to page {answer['set']} vs {key['set']} of {args.key}. Use that "
-                                "page's key")
+                raise UserError(f"{file}: answers to page {answer['set']} vs {key['set']} of {args.key}. "
+                                "Use that page's key")
             by_rater.setdefault(answer["rater"], {})[answer["trial"],
                                                      answer["question"]] = answer  # a file given twice counts once
     raters = {name: list(answers.values()) for name, answers in by_rater.items()}

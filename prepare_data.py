@@ -25,6 +25,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -153,12 +154,12 @@ def new_folder(out, force=False):
     found = sorted(p.name for p in out.iterdir()) if out.exists() else []
     if {"meta.json", "journal.jsonl"} & set(found) and not force:
         raise UserError(f"--out: {out} holds a training folder vs a new or empty one. "
-                        f"Use --force to replace it, or another --out")
+                        "Use --force to replace it, or another --out")
     ours = {f"{name}.npy" for name in ARRAYS} | {"meta.json", "meta.json.part", "journal.jsonl", "report.csv"}
     foreign = [name for name in found if name not in ours and name != "preview"]
     if foreign and "meta.json" not in found:
         raise UserError(f"--out: {out} holds other files ({', '.join(foreign[:3])}) vs a new or empty folder. "
-                        f"Choose another --out")
+                        "Choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in ["meta.json", *sorted(ours & set(found) - {"meta.json"})]:
@@ -586,10 +587,12 @@ def split_long(tasks):
 
 
 def is_video(task):
+    """Whether a task (see `work`) is a video and not ready-made landmarks."""
     return task["path"].lower().endswith(VIDEOS)
 
 
 def check_speakers(wanted, known):
+    """Raises UserError where --test-speakers names one that no clip has."""
     missing = [speaker for speaker in wanted if speaker not in known]
     if missing:
         raise UserError(f"--test-speakers: {', '.join(missing)} vs {', '.join(known[:20])}. Name some of these")
@@ -601,6 +604,7 @@ def check_speakers(wanted, known):
 
 
 def read_ready(task, options):
+    """The take of an .npz, .npy or OpenFace .csv file; raises Skip with the reason where it is unusable."""
     path = Path(task["path"])
     take = {"source": task["name"], "licence": "not stated", "extractor": "not stated", "begin": 0.0, "wh": None}
     try:
@@ -679,9 +683,10 @@ def check_points(points):
     dx, dy = mean[48:].mean(0) - mean[36:48].mean(0)
     if np.ptp(mean, axis=0).min() <= 0:
         raise Skip("points coincide", "the face has no extent")
+    if dy < -abs(dx):
+        raise Skip("y points up", "the mouth lies above the eyes: turn it over (y = height - y)")
     if dy <= abs(dx):
-        raise Skip("y points up", "the mouth lies above the eyes: turn them over (y = height - y)" if dy < 0 else
-                   "the mouth lies beside the eyes: x and y swapped, or a face on its side")
+        raise Skip("face on its side", "the mouth lies beside the eyes: turn the picture, or x and y are swapped")
     if len(found) > 5 and not np.ptp(found, axis=0).any():
         raise Skip("landmarks do not move", f"{len(found)} equal frames")
     return points
@@ -748,6 +753,7 @@ MESH_TO_IBUG = [127, 234, 93, 132, 172, 136, 149, 176, 152, 400, 378, 365, 397, 
 
 
 def require(package, install):
+    """Raises UserError with the line that installs a missing optional package."""
     if not importlib.util.find_spec(package):
         raise UserError(f"{package}: not installed vs needed for videos. {install}")
 
@@ -763,14 +769,14 @@ def find_model(extractor, model):
         options += [Path("/usr/share/dlib") / Path(name).name]
         model = next((str(path) for path in options if path.is_file()), None)
         if not model:
-            raise UserError(f"{Path(name).name}: not found vs needed for --extractor {extractor}. {install}, or give "
-                            f"the file as --model")
+            raise UserError(f"{Path(name).name}: not found vs needed for --extractor {extractor}. "
+                            f"{install}, or give the file as --model")
     if not Path(model).is_file():
         raise UserError(f"--model: {model} is no file vs {Path(name).name}. Check the path")
     found = hashlib.sha256(Path(model).read_bytes()).hexdigest()
     if found != sha256:
-        raise UserError(f"--model: {model} has sha256 {found[:12]}... vs {sha256[:12]}... of {Path(name).name}. It is "
-                        f"damaged or another one: {install}")
+        raise UserError(f"--model: {model} has sha256 {found[:12]}... vs {sha256[:12]}... of {Path(name).name}. "
+                        f"It is damaged or another one: {install}")
     return model
 
 
@@ -806,10 +812,12 @@ class Dlib:
 
 @functools.lru_cache(maxsize=1)
 def load_extractor(extractor, model):
+    """A function of an RGB picture (H, W, 3) -> faces [(68, 2) in pixels], with the model read from its file."""
     return {"mediapipe": MediaPipe, "dlib": Dlib}[extractor](model)
 
 
 def open_video(path):
+    """PyAV's container; raises Skip where the file is no video, and says what it is instead."""
     import av
     try:
         return av.open(str(path), metadata_errors="replace")
@@ -881,7 +889,7 @@ def read_video(task, options):
             raise
         sound, begin = read_sound(task["sound"]), None   # a .wav of its own begins with the picture
     points, times, sheet = [], [], ContactSheet()
-    face, lost, profiles = None, 0, 0
+    face, lost, largest, profiles = None, 0, 0, 0
     with open_video(path) as container:
         if not container.streams.video:
             raise Skip("no picture", "the file has no video stream")
@@ -890,7 +898,11 @@ def read_video(task, options):
         for time, frame in decode(container, stream, part):
             rgb = frame.to_ndarray(format="rgb24")
             rgb = np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))             # rows may be padded
-            now = None if frame.is_corrupt else follow(extract(rgb), face)
+            faces = [] if frame.is_corrupt else extract(rgb)
+            if not faces and largest < 1 / 3 and (lost <= options["max_gap"] or len(times) % 25 == 0):
+                faces = look_closer(extract, rgb, face)   # up to 9 windows, so not for long where nobody is to be seen
+            now = follow(faces, face)
+            largest = max(largest, np.ptp(now, axis=0).max() / min(rgb.shape[:2]) if now is not None else 0)
             lost = 0 if now is not None else lost + 1
             face = now if now is not None else None if lost > options["max_gap"] else face
             profile = now is not None and turned(now)
@@ -912,6 +924,16 @@ def read_video(task, options):
             "sound": sound, "begin": times[0] - part[0] if begin is None else begin,
             "source": task["name"], "licence": "not stated",
             "extractor": f"{options['extractor']} -> 68 points"}
+
+
+def look_closer(extract, rgb, last):
+    """Faces too small to be found in the whole picture, in windows of half its size: around the last face, if there is
+    one, else everywhere."""
+    size = np.array(rgb.shape[1::-1]) // 2
+    middles = itertools.product((0.5, 1, 1.5), repeat=2) if last is None else [last.mean(0) / size]
+    corners = [((np.array(middle) - 0.5) * size).astype(int).clip(0, size) for middle in middles]
+    windows = [(corner, rgb[corner[1]:corner[1] + size[1], corner[0]:corner[0] + size[0]]) for corner in corners]
+    return [face + corner for corner, window in windows for face in extract(np.ascontiguousarray(window))]
 
 
 def follow(faces, last):
@@ -991,6 +1013,7 @@ class ContactSheet:
 
 
 def face_window(face):
+    """Centre (2,) and side, in pixels, of the square that the preview draws around a face (68, 2)."""
     return (face.min(0) + face.max(0)) / 2, 1.4 * np.ptp(face, axis=0).max()
 
 
@@ -1104,6 +1127,7 @@ def face_box(mean):
 
 
 def nothing(reason, detail):
+    """What `work` returns for a source without a usable clip."""
     return {"clips": [], "reason": reason, "detail": detail, "left_out": {}, "frames": 0, "missing": 0}
 
 
@@ -1161,7 +1185,7 @@ class Journal:
         for key in new:
             if key != "piece" and old.get(key) != new[key]:
                 raise UserError(f"--out: {self.path.parent} was made with {key} {old.get(key)} vs {new[key]} now. "
-                                f"Use --force to replace it, or another --out")
+                                "Use --force to replace it, or another --out")
 
     def write(self, entry):
         self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -1307,8 +1331,8 @@ def finish(args, mel, entries, problems, writer):
         for name in ("landmarks.npy", "mel.npy", "audio.npy", "journal.jsonl"):
             (out / name).unlink(missing_ok=True)
         detail = next((f"{Path(entry['path']).name}: {entry['detail']}" for entry in entries if entry["detail"]), "")
-        raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. {detail} (all of them: "
-                        f"{out / 'report.csv'})")
+        raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. "
+                        f"{detail} (all of them: {out / 'report.csv'})")
     assign_splits(clips, args.test_speakers)
     meta = {"format": 1, "fps": args.fps, "layout": "ibug68", "normalisation": "face box", "mel": mel,
             "sample_rate": SAMPLE_RATE, "defaults": {"lead": 2, "noise": 0.0022}, "skipped": dict(reasons)}
@@ -1351,12 +1375,13 @@ def facts(out, meta, clips, entries):
     """Measure the finished arrays, at most 1,000 clips of them, print it, set meta["interocular"]; returns by how many
     frames the sound is late."""
     fps = meta["fps"]
-    landmarks, audio = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("landmarks", "audio"))
-    widths, jitter, own, other, moved, energy = [], [], [], [], np.zeros(136, bool), None
+    landmarks, mel, audio = (np.load(out / f"{name}.npy", mmap_mode="r") for name in ("landmarks", "mel", "audio"))
+    widths, jitter, own, other, moved, dull, energy = [], [], [], [], np.zeros(136, bool), 0, None
     for clip in clips[::-(-len(clips) // 1000)]:
         x = np.array(landmarks[clip["start"]:clip["start"] + clip["frames"]]).reshape(-1, 68, 2)
         sound = audio[clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]].astype(np.float32) / 32768
         moved |= (x != x[0]).reshape(-1, 136).any(0)
+        dull += mel[clip["start"]:clip["start"] + clip["frames"], -1].max() < -27    # its floor is -30, a hiss is at -19
         width = np.median(interocular(x))
         if clip["split"] == "train":
             eyes = x[:, 36:42].mean(1) - x[:, 42:48].mean(1)     # their centres
@@ -1378,7 +1403,7 @@ def facts(out, meta, clips, entries):
     print("mouth opening against loudness, sound taken as late by -3..3 frames: " +
           " ".join(f"{r:.2f}" for r in correlation) + f" (with another clip's sound {chance:.2f})")
     late = int(np.nanargmax(correlation)) - 3 if np.isfinite(correlation).any() else 0
-    for warning in warnings_about(correlation, chance, late, moved, clips):
+    for warning in warnings_about(correlation, chance, late, moved, dull, clips):
         print(f"warning: {warning}")
     return late
 
@@ -1399,13 +1424,17 @@ def lagged(opening, energy, lag):
     return float(np.corrcoef(opening[t], energy[t + lag])[0, 1])
 
 
-def warnings_about(correlation, chance, late, moved, clips):
+def warnings_about(correlation, chance, late, moved, dull, clips):
+    """What `facts` measured that its user should know of before training."""
     long_enough = sum(clip["frames"] for clip in clips) >= 500                   # a sentence or two can do anything
     if long_enough and np.nanmax(correlation, initial=-1) < max(0.15, np.nan_to_num(chance) + 0.03):
         yield "the mouths do not follow this sound: is it the right sound for these faces?"
     elif long_enough and abs(late) >= 2:
         yield (f"the sound seems {abs(late)} frames {'late' if late > 0 else 'early'}. The same command with "
                f"--audio-offset {late} moves it, without reading anything again")
+    if dull:
+        yield (f"{dull} clips have no sound in the highest band (8 kHz recordings, telephone?): a model hears the "
+               "difference. Prepare with an --fmax below half of the lowest sample rate")
     if not moved.all():
         first = int((~moved).argmax())
         yield f"{(~moved).sum()} coordinates never change, the first is {'xy'[first % 2]}_{first // 2}"

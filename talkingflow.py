@@ -64,6 +64,8 @@ CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
 
 @dataclass
 class Config:
+    """All numbers of a model and its training. Raises UserError where one is impossible."""
+
     # the model
     dim: int = 136  # D: landmark coordinates a frame, 68 points x, y (not in the paper; the data folder decides)
     cond_dim: int = 40  # M: mel bands a frame (not in the paper; the data folder decides)
@@ -285,8 +287,7 @@ def build_kernel():
         try:
             sources = [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")]
             cpp_extension.load("talkingflow", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"],
-                               extra_ldflags=[f"-L{folder}"], build_directory=folder,
-                               is_python_module=False)  # fmt: skip
+                               extra_ldflags=[f"-L{folder}"], build_directory=folder, is_python_module=False)
         finally:
             os.environ.pop("TORCH_CUDA_ARCH_LIST") if before is None else os.environ.update(TORCH_CUDA_ARCH_LIST=before)
         os.replace(Path(folder, "talkingflow.so"), built)  # whole or not at all, however many processes build
@@ -322,6 +323,7 @@ def load_kernel():
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
 def kernel_runs():
+    """Whether `load_kernel` found the fused operator."""
     return load_kernel() is not None
 
 
@@ -491,7 +493,7 @@ class Prior(nn.Module):
         self.ar2 = config.prior == "ar2"
         if self.ar2:
             self.partial = nn.Parameter(torch.zeros(2, len(variance)))  # atanh of p1, p2
-        lighter = dataclasses.replace(config, dropout=config.dropout / 3)  # more, and the lips learn slowly; none overfits
+        lighter = dataclasses.replace(config, dropout=config.dropout / 3)  # more slows the lips, none overfits
         has_mean = self.ar2 and config.prior_mean
         self.mean_net = ConditionTCN(config.cond_dim, len(variance), lighter) if has_mean else None
 
@@ -574,8 +576,8 @@ class TalkingFlow(nn.Module):
     def _check(self, x, c):
         D, M = self.config.dim, self.config.cond_dim
         if x.dim() != 3 or c.dim() != 3 or x.shape[:2] != c.shape[:2] or x.shape[2] != D or c.shape[2] != M:
-            raise UserError(f"shapes: x {tuple(x.shape)}, c {tuple(c.shape)} vs x (B, T, {D}), c (B, T, {M}). Check "
-                            f"both")
+            raise UserError(f"shapes: x {tuple(x.shape)}, c {tuple(c.shape)} vs x (B, T, {D}), c (B, T, {M}). "
+                            "Check both")
 
     def forward(self, x, c):
         """Data -> noise: a list of L latents (B, T, d_l) in the order of lambdas, and log|det dz/dx| (B,) in nats."""
@@ -677,8 +679,8 @@ class Stream:
         flow, training = self.flow, self.flow.training
         size = self.batch_size, flow.config.dim
         if c.dim() != 3 or len(c) != self.batch_size:
-            raise UserError(f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). Check "
-                            f"its shape")
+            raise UserError(f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). "
+                            "Check its shape")
         if c.shape[1] == 0:
             return c.new_zeros(size[0], 0, size[1])
         # frame by frame, so that the block sizes do not change the numbers drawn
@@ -704,8 +706,8 @@ class Clips:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            raise UserError(f"{self.folder}: no meta.json vs a folder made by prepare_data.py. Run: python "
-                            f"prepare_data.py SRC --out {self.folder}")
+            raise UserError(f"{self.folder}: no meta.json vs a folder made by prepare_data.py. "
+                            f"Run: python prepare_data.py SRC --out {self.folder}")
         try:
             self.meta = json.loads(path.read_text())
             self.clips, self.fps = self.meta["clips"], self.meta["fps"]
@@ -714,11 +716,11 @@ class Clips:
             )
             frames = sum(clip["frames"] for clip in self.clips)
         except (OSError, ValueError, KeyError, EOFError, TypeError) as e:
-            raise UserError(f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. Prepare it again "
-                            f"with --force")
+            raise UserError(f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. "
+                            "Prepare it again with --force")
         if self.meta.get("format") != 1 or not len(self.landmarks) == len(self.mel) >= frames:
-            raise UserError(f"{self.folder}: {len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound vs "
-                            f"{frames} in meta.json. Prepare it again with --force")
+            found = f"{len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound"
+            raise UserError(f"{self.folder}: {found} vs {frames} in meta.json. Prepare it again with --force")
         self.dim, self.cond_dim = self.landmarks.shape[1], self.mel.shape[1]
 
     def split(self, name):
@@ -784,8 +786,8 @@ def read_checkpoint(path):
     """The dict in a checkpoint file. Runs no code from it and refuses a damaged one: torch.load checks no CRC."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a checkpoint. Train one: python "
-                        f"talkingflow.py train")
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a checkpoint. "
+                        "Train one: python talkingflow.py train")
     try:
         if path.read_bytes()[:40].startswith(b"version https://git-lfs"):
             raise ValueError("a git-lfs pointer, fetch the file itself")
@@ -797,8 +799,8 @@ def read_checkpoint(path):
             raise ValueError(f"format {state['format']}")
         return state
     except Exception as e:  # zipfile, pickle and torch raise a dozen kinds for the same thing: not a checkpoint
-        raise UserError(f"{path}: unreadable ({str(e).splitlines()[0] if str(e) else type(e).__name__}) vs a "
-                        f"TalkingFlow checkpoint. Use another one or train again")
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(f"{path}: unreadable ({reason}) vs a TalkingFlow checkpoint. Use another one or train again")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -808,8 +810,8 @@ def load_checkpoint(path, device="cpu"):
         flow = TalkingFlow(Config(**state["config"]))
         flow.load_state_dict(state["model"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. Use the code that trained "
-                        f"it")
+        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. "
+                        "Use the code that trained it")
     return flow.eval().to(device), state
 
 
@@ -903,12 +905,12 @@ def start_flow(config, clips, T):
     x, c = clips.batch(clips.draw(400, T, generator), T, config.lead, config.noise, generator)
     for name, values in (("landmarks", x), ("sound", c)):
         if not values.isfinite().all():
-            raise UserError(f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. Prepare it again with "
-                            f"--force")
+            raise UserError(f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. "
+                            "Prepare it again with --force")
     still = (x.std((0, 1)) < 1e-6).nonzero().flatten().tolist()
     if still:
-        raise UserError(f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. Train with "
-                        f"--noise 0.0022 or mend the landmarks")
+        raise UserError(f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. "
+                        "Train with --noise 0.0022 or mend the landmarks")
     flow = TalkingFlow(config)
     flow.initialize(x, c)
     return flow
@@ -935,8 +937,8 @@ class Trainer:
         self.config, self.clips, self.out, self.device = config, clips, Path(out), choose_device(device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.batch_size % self.world:
-            raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. Change "
-                            f"--batch_size")
+            raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. "
+                            "Change --batch_size")
         self.T = clips.window_length(config.seq_len)
         self.steps = config.steps or math.ceil(config.epochs * len(clips.windows("train", self.T)) / config.batch_size)
         load_kernel()  # says on stderr which backend runs the networks, and why
@@ -944,8 +946,8 @@ class Trainer:
             torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
         self.held = {split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")}
         if not self.held["val"]:
-            raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. Prepare more "
-                            f"clips or lower --seq_len")
+            raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. "
+                            "Prepare more clips or lower --seq_len")
         flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
         self.flow, self.optimizer = flow, build_optimizer(flow, config)
         self.step, self.best, self.skipped = 0, math.inf, 0
@@ -999,9 +1001,8 @@ class Trainer:
         speed = self.config.batch_size * self.T / seconds  # of a step
         entry = {"step": self.step, **nlls, "frames_per_second": round(speed)}
         left = time.strftime("%H:%M:%S", time.gmtime((self.steps - self.step) * seconds))
-        print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} val nll "
-              f"{nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} "
-              f"left", flush=True)
+        print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} "
+              f"val nll {nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} left", flush=True)
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
         if nlls["val_nll"] < self.best:  # never true for NaN
@@ -1084,12 +1085,12 @@ def train(args):
         config = Config(**state["config"])
         for name, value in args.config.items():
             if name not in ("steps", "eval_interval") and getattr(config, name) != value:
-                raise UserError(f"{name}: {value} vs {getattr(config, name)} in {out}. Leave it out, or start a new "
-                                f"run")
+                raise UserError(f"{name}: {value} vs {getattr(config, name)} in {out}. "
+                                "Leave it out, or start a new run")
         config = dataclasses.replace(config, **args.config)
         if clips.meta["fingerprint"] != state["data"]["fingerprint"]:
-            raise UserError(f"{clips.folder}: other data vs what {out} was trained on. Start a new run without "
-                            f"--resume")
+            raise UserError(f"{clips.folder}: other data vs what {out} was trained on. "
+                            "Start a new run without --resume")
         if state["step"] >= config.steps > 0:
             raise UserError(f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps")
     else:
@@ -1105,13 +1106,12 @@ def train(args):
         if not state:
             (out / "log.jsonl").write_text("")
         print(f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} "
-              f"training clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} on "
-              f"{trainer.device}",
-              flush=True)
+              f"training clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} "
+              f"on {trainer.device}", flush=True)
     signalled = trainer.run()
     if signalled and trainer.rank == 0:
-        print(f"{CLEAR}stopped after step {trainer.step}, saved. To go on: python talkingflow.py train --resume --out "
-              f"{out}")
+        print(f"{CLEAR}stopped after step {trainer.step}, saved. "
+              f"To go on: python talkingflow.py train --resume --out {out}")
     elif trainer.rank == 0:
         import evaluate
 
@@ -1144,8 +1144,8 @@ def configure(args, clips):
     wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim}
     for name in ("dim", "cond_dim"):
         if args.config.get(name, wanted[name]) != wanted[name]:
-            raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. Leave the flag out, or "
-                            f"prepare the data with other settings")
+            raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. "
+                            "Leave the flag out, or prepare the data with other settings")
     return dataclasses.replace(Config.preset(args.preset), **(wanted | args.config))
 
 
@@ -1194,8 +1194,8 @@ def read_sound(path, seconds=20):
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. Check "
-                        f"--audio")
+        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. "
+                        "Check --audio")
     try:
         with soundfile.SoundFile(path) as f:
             for block in f.blocks(int(seconds * f.samplerate), dtype="float32", always_2d=True):
@@ -1208,8 +1208,8 @@ def read_sound(path, seconds=20):
                 warnings.simplefilter("ignore")
                 yield librosa.load(path, sr=None, mono=True)
         except Exception as e:  # audioread has many backends, and most of them fail without a text
-            raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. Convert it: ffmpeg -i "
-                            f"{path} out.wav")
+            raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. "
+                            f"Convert it: ffmpeg -i {path} out.wav")
 
 
 def read_video(path, fps):
@@ -1234,15 +1234,15 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
         if talker is None:
             talker = Talker(flow, data, rate, faces, temperature, seed)
             if rate / 2 < data["mel"]["fmax"]:
-                print(f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; the model has learned from up to "
-                      f"{data['mel']['fmax']:.0f} Hz", file=sys.stderr)
+                print(f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; "
+                      f"the model has learned from up to {data['mel']['fmax']:.0f} Hz", file=sys.stderr)
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
         if not talker.mel.level:
             parts.append(talker.push(block))
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
     if not len(sound) or len(sound) * data["fps"] < rate:
-        raise UserError(f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. Use a "
-                        f"longer sound")
+        raise UserError(f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. "
+                        "Use a longer sound")
     if talker.mel.level:  # needs the whole sound before the first frame
         columns = talker.mel.columns(sound / np.float32(32768))
         parts = [talker.speak(block) for block in np.array_split(columns, len(columns) // 512 + 1)]
@@ -1253,17 +1253,17 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
 def held_out(data, name):
     """A clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
     if not (Path(data["folder"]) / "meta.json").is_file():
-        raise UserError("training clips: not on this machine vs a held-out one to speak. Pass --audio, or train a run here")
+        raise UserError("training clips: not on this machine vs a held-out one to speak. Pass --audio, or train here")
     clips = Clips(data["folder"])
     if clips.meta["mel"] != data["mel"]:
-        raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. Prepare the data "
-                        f"again as it was")
+        raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. "
+                        "Prepare the data again as it was")
     choices = clips.split("test") or clips.split("val")
     if name:
         choices = [clip for clip in clips.clips if clip["name"] == name]
     if not choices:
-        raise UserError(f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. See names in "
-                        f"meta.json, or pass --audio")
+        raise UserError(f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. "
+                        "See names in meta.json, or pass --audio")
     clip = choices[0]
     rows = slice(clip["start"], clip["start"] + clip["frames"])
     sound = clips.audio[clip["audio_start"] : clip["audio_start"] + clip["audio_samples"]]
@@ -1293,15 +1293,15 @@ def sample(args):
         talker = Talker(flow, data, rate, faces, args.temperature, args.seed)
         x = np.concatenate([talker.speak(np.array(mel)), talker.finish()], 1)
     if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
-        raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. Train "
-                        f"longer, or lower --temperature")
+        raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. "
+                        "Train longer, or lower --temperature")
     x = x.reshape(faces, -1, 68, 2).astype(np.float32)
     info = {"fps": data["fps"], "layout": data["layout"], "seed": args.seed, "temperature": args.temperature,
             "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "audio": name,
             "box": box or [0.0, 0.0, 512.0]}
     write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
-    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) for "
-          f"{name}")
+    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) "
+          f"for {name}")
     return 0
 
 
@@ -1340,8 +1340,8 @@ def stream(args):
         emit(talker.push(np.frombuffer(piece[:whole], "<i2") / np.float32(32768)))
     emit(talker.finish())
     if not frame:
-        raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. Pipe in "
-                        f"more")
+        raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. "
+                        "Pipe in more")
     return 0
 
 
@@ -1360,11 +1360,13 @@ CURVES += [(36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]  # eyes, outer an
 
 
 def write_npz(path, x, truth, sound, rate, info):
+    """landmarks (K, T, 68, 2) float32 and, by name, everything in info."""
     with open(path, "wb") as f:
         np.savez(f, landmarks=x, **info)
 
 
 def write_npy(path, x, truth, sound, rate, info):
+    """The landmarks (K, T, 68, 2) float32 alone."""
     with open(path, "wb") as f:
         np.save(f, x)
 
@@ -1404,6 +1406,7 @@ def frame_pictures(x, truth, size=240):
 
 
 def write_gif(path, x, truth, sound, rate, info):
+    """A silent, endless loop."""
     pictures = [picture.quantize(16) for picture in frame_pictures(x, truth)]
     pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / info["fps"]), loop=0)
 
@@ -1418,6 +1421,7 @@ def wav_bytes(sound, rate):
 
 
 def write_mp4(path, x, truth, sound, rate, info):
+    """H.264 picture and AAC sound, by ffmpeg: frames go through a pipe, the sound through a file."""
     if not shutil.which("ffmpeg"):
         raise UserError("ffmpeg: not found vs needed for .mp4. Install ffmpeg, or write .html (has sound) or .gif")
     wav = path.with_suffix(".wav")
@@ -1480,10 +1484,12 @@ def add_config_flags(parser):
 
 
 def numbers(text):
+    """'1,2,0.5' -> (1, 2, 0.5)."""
     return tuple(float(v) if "." in v else int(v) for v in text.split(","))
 
 
 def truth_value(text):
+    """'true' or '1' -> True, 'false' or '0' -> False."""
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
     return text.lower() in ("true", "1")
@@ -1511,11 +1517,11 @@ def build_parser():
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     voice = argparse.ArgumentParser(add_help=False)
     voice.add_argument("--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]")
-    voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0, help="of the noise; 0: the central "
-                                                                                      "track [1]")
+    voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0,
+                       help="of the noise; 0: the central track [1]")
 
-    p = commands.add_parser("train", parents=[shared], help="train a flow", description="Train a flow on a prepared "
-                                                                                        "folder.")
+    p = commands.add_parser("train", parents=[shared], help="train a flow",
+                            description="Train a flow on a prepared folder.")
     p.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
     p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
     p.add_argument("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
@@ -1529,16 +1535,15 @@ def build_parser():
     p.add_argument("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
     p.add_argument("--clip", help="name of a clip in the training folder [the first held-out one]")
     p.add_argument("--num-samples", type=bounded(int, 1, 64), default=3, help="faces, each with its own noise [3]")
-    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the first face; the next ones count up "
-                                                                          "[0]")
-    p.add_argument("--out", help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the "
-                                 f"checkpoint]")
+    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0,
+                   help="of the first face; the next ones count up [0]")
+    p.add_argument("--out",
+                   help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the checkpoint]")
     p.add_argument("--force", action="store_true", help="overwrite --out")
     p.set_defaults(run=sample)
 
     p = commands.add_parser("stream", parents=[shared, voice], help="speak live",
-                            description="Raw 16-bit mono PCM on stdin -> one JSON line a frame on stdout, as the sound "
-                                        "arrives.")
+                            description="Raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as it arrives.")
     p.add_argument("--rate", type=bounded(int, 4000, 384000), default=16000, help="sample rate of the PCM, Hz [16000]")
     p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
     p.set_defaults(run=stream)

@@ -308,7 +308,8 @@ def test_stereo_and_8_khz_and_too_loud_sound_is_taken(tmp_path):
         np.save(tmp_path / f"in/{name}.npy", points * [1, 1 + len(name) / 100])   # else one would be a duplicate
         write_wav(tmp_path / f"in/{name}.wav", s, rate)
     write_clip(tmp_path / "in/loud.npz", audio=sound.astype(np.float32) * 5 / 32768, seed=3)
-    prepare(tmp_path / "in", "--out", tmp_path / "out")
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
+    assert "warning: 1 clips have no sound in the highest band" in out
     meta, arrays = load(tmp_path / "out")
     clips = {c["name"]: arrays["audio"][c["audio_start"]:][:c["audio_samples"]].astype(float) for c in meta["clips"]}
     assert np.abs(clips["stereo"] - clips["plain"]).max() <= 1
