@@ -341,8 +341,9 @@ def gated_causal_conv(x, weight, bias, cond, dilation):
 class ConditionTCN(nn.Module):
     """Causal dilated convolutions, the sound added before each gate: x (B, T, C), c (B, T, M) -> (B, T, out).
 
-    Output t sees x and c at 1 + (k-1) * sum(dilations) frames, t the latest. The last layer starts at zero, so that a
-    new coupling is the identity. `memory` carries each layer's last inputs from one block of a stream to the next.
+    Output t sees x at the last 1 + (k-1) * sum(dilations) frames, and c at those that the layers after the first reach.
+    The last layer starts at zero, so that a new coupling is the identity. `memory` carries each layer's last inputs
+    from one block of a stream to the next.
     """
 
     def __init__(self, channels, out_channels, config):
@@ -835,9 +836,9 @@ class Objective(nn.Module):
     def forward(self, x, c, mean_weight):
         """Mean NLL of x (B, T, D) given c (B, T, M), nats per coordinate per frame, and the loss to minimise.
 
-        Under the ar2 prior m(c) is fitted through the filter 1 - a1 L - a2 L^2, that is on the fastest movements only.
-        Its own squared error, added and faded out in training, first teaches it the whole mouth; the likelihood then
-        takes back what was too much.
+        Under the ar2 prior m(c) is fitted through the filter 1 - a1 q - a2 q^2 (q: one frame earlier), that is on the
+        fastest movements only. Its own squared error, added and faded out in training, first teaches it the whole
+        mouth; the likelihood then takes back what was too much.
         """
         zs, logdet = self.flow(x, c)
         z, mean, prior = torch.cat(zs, 2), self.flow.prior_mean(c), self.flow.prior
