@@ -211,8 +211,7 @@ def test_a_face_too_small_for_the_whole_picture_is_found_in_a_part_of_it(tmp_pat
     wide = np.full((25, 360, 640, 3), 90, np.uint8)
     wide[:, 120:235, 250:394] = [Image.fromarray(picture).resize((144, 115)) for picture in rgb]
     write_video(tmp_path / "far.mp4", wide, np.arange(25) / 25, sound[:16000])
-    task = {"path": str(tmp_path / "far.mp4"), "part": (0.0, np.inf), "sound": "", "name": "far"}
-    take = prepare_data.read_video(task, OPTIONS | {"model": prepare_data.find_model("mediapipe", None)})
+    take = take_of(tmp_path / "far.mp4")
     with np.load(READY / "s1/s1_bbaf2n.npz") as z:
         truth = (z["landmarks"][:25] * z["wh"]) * (0.4, 115 / 288) + (250, 120)
     error = np.linalg.norm(take["points"] - truth, axis=-1).mean() / prepare_data.interocular(truth).mean()
@@ -227,8 +226,7 @@ def test_a_phone_held_upright_gives_an_upright_face(tmp_path):
     at = data.index(b"tkhd") + 44
     data[at:at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, rgb.shape[1] << 16, 0, 1 << 30)
     path.write_bytes(data)
-    task = {"path": str(path), "part": (0.0, np.inf), "sound": "", "name": "phone"}
-    take = prepare_data.read_video(task, OPTIONS | {"model": prepare_data.find_model("mediapipe", None)})
+    take = take_of(path)
     with np.load(READY / "s1/s1_bbaf2n.npz") as z:
         assert take["wh"] == [360, 288] and np.abs(take["points"] - (z["landmarks"] * z["wh"])[:25]).max() < 2
 
@@ -320,6 +318,18 @@ def test_a_wav_of_the_same_name_gives_a_mute_video_its_sound(tmp_path):
     prepare_here(tmp_path / "in", "--out", tmp_path / "out", "--audio-dir", tmp_path / "wav")
     meta, arrays = load(tmp_path / "out")
     assert meta["clips"][0]["speaker"] == "s9" and np.corrcoef(arrays["audio"], sound[:len(arrays["audio"])])[0, 1] > 0.9999
+
+
+def test_a_folder_of_videos_becomes_a_talking_face(grid, tmp_path):
+    import talkingflow
+    small = "--steps 30 --eval_interval 15 --hidden 16 --batch_size 4".split()
+    assert talkingflow.main(["train", "--data", str(grid[0]), "--out", str(tmp_path / "run"), *small]) == 0
+    talk = ["sample", "--checkpoint", str(tmp_path / "run/checkpoint.pt"), "--audio", str(VIDEO / "s26/bgbsza.mpg")]
+    assert talkingflow.main([*talk, "--out", str(tmp_path / "talk.npz")]) == 0
+    assert talkingflow.main([*talk, "--out", str(tmp_path / "talk.html")]) == 0
+    with np.load(tmp_path / "talk.npz") as z:
+        assert z["landmarks"].shape == (3, 74, 68, 2) and np.isfinite(z["landmarks"]).all()
+    assert '"truth": true' in (tmp_path / "talk.html").read_text()
 
 
 def test_truth_of_a_video_lies_on_the_time_of_its_sound():
