@@ -680,7 +680,7 @@ DEVIATIONS = {name: " ".join(text.split()) for name, text in {
         many steps as the flows, instead of days at the release's rate; widths are the release's over {size} (LSTMs
         over 2 where that is not 1). Test-time edits of the releases (mouth amplification, smoothing) are left out""",
     "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no identity
-        removal; no delayed target""",
+        removal; no delayed target; what each layer reads is standardised, and the last one starts at the mean face""",
     "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components in place of
         6, because these faces keep their head motion, which takes the first ones; the example is the window's own first
         true frame, so this row is told the person's face""",
@@ -694,14 +694,27 @@ DEVIATIONS = {name: " ".join(text.split()) for name, text in {
 
 
 class SigmoidLSTM(nn.Module):
-    """Keras' LSTM(activation="sigmoid", dropout=.2, recurrent_dropout=.2), as [3] stacks it: x (B, T, C) -> (B, T, H)
-    in 0..1."""
+    """Keras' LSTM(activation="sigmoid", dropout=.2, recurrent_dropout=.2) with Keras' start, as [3] stacks it:
+    x (B, T, C) -> (B, T, H) in 0..1. What it reads is standardised once (`begin`), or outputs near 0.3 that differ by
+    0.01 would send gradients of 1e-10 down four such layers, below Adam's epsilon."""
 
     def __init__(self, inputs, H, dropout=0.2):
         super().__init__()
         self.inputs, self.recurrent, self.dropout = nn.Linear(inputs, 4 * H), nn.Linear(H, 4 * H, bias=False), dropout
+        nn.init.xavier_uniform_(self.inputs.weight)
+        nn.init.orthogonal_(self.recurrent.weight)
+        self.inputs.bias.data = torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(H)  # forget gates start open
+        self.register_buffer("scale", torch.tensor([[0.0], [1.0]]).repeat(1, inputs))  # mean, standard deviation
+
+    def begin(self, x):
+        """Measure what this layer reads, x (B, T, C); its outputs, for the next one."""
+        late = x[:, x.shape[1] // 4 :]  # past the start-up from the zero state
+        self.scale = torch.stack([late.mean((0, 1)), late.std((0, 1)).clamp_min(1e-3)])
+        return self.eval()(x)
 
     def forward(self, x):
+        x = (x - self.scale[0]) / self.scale[1]
+
         def drop(*size):  # one mask for all frames
             return F.dropout(x.new_ones(size), self.dropout, self.training)
 
@@ -723,24 +736,34 @@ class Eskimez(nn.Module):
 
     def __init__(self, held, x, c, size):
         super().__init__()
-        H, M = 256 // min(size, 2), c.shape[2]
-        self.scale = c.std((0, 1)).repeat(2)
-        self.layers = nn.Sequential(SigmoidLSTM(8 * M, H), SigmoidLSTM(H, H), SigmoidLSTM(H, H),
-                                    SigmoidLSTM(H, x.shape[2]))
-        with torch.no_grad():  # starts at a face: the output gate's bias is the mean face, over the cell's resting 0.73
-            D = x.shape[2]
-            self.layers[3].inputs.bias[2 * D : 3 * D] = (x.mean((0, 1)) / 0.73).clamp(0.02, 0.98).logit()
+        H, M, D = 256 // min(size, 2), c.shape[2], x.shape[2]
+        self.layers = nn.Sequential(SigmoidLSTM(8 * M, H), SigmoidLSTM(H, H), SigmoidLSTM(H, H), SigmoidLSTM(H, D))
+        self.register_buffer("unit", x.var((0, 1)).mean())  # for a loss of order 1
+        last = self.layers[3]
+        with torch.no_grad():  # near the mean face: gates at sigmoid(1) rest the cell at 1.99, outputs reach 0.88
+            last.inputs.weight *= 0.1
+            last.recurrent.weight *= 0.1
+            last.inputs.bias.fill_(1)
+            last.inputs.bias[2 * D : 3 * D] = (x.mean((0, 1)) / 0.88).clamp(0.02, 0.98).logit()
+            h = self.hear(c[:64])
+            for layer in self.layers:
+                h = layer.begin(h)
+        self.train()
 
-    def forward(self, c):
+    def hear(self, c):
+        """First and second differences of log-mel c (B, T, M), of this frame and three past ones -> (B, T, 8 M)."""
         def past(v, i):
             return torch.cat([v[:, :1].expand(-1, i, -1), v[:, : v.shape[1] - i]], 1)
 
         delta = c - past(c, 1)
-        both = torch.cat([delta, delta - past(delta, 1)], 2) / self.scale.to(c.device)
-        return self.layers(torch.cat([past(both, i) for i in range(4)], 2))
+        both = torch.cat([delta, delta - past(delta, 1)], 2)
+        return torch.cat([past(both, i) for i in range(4)], 2)
+
+    def forward(self, c):
+        return self.layers(self.hear(c))
 
     def loss(self, x, c, fine):
-        return F.mse_loss(self(c), x)
+        return F.mse_loss(self(c), x) / self.unit
 
     def draw(self, x, c, fine, draws, generator):
         return self(c)[None]
@@ -752,9 +775,11 @@ class PCA(nn.Module):
     def __init__(self, x, components):
         super().__init__()
         self.register_buffer("mean", x.mean((0, 1)))
-        _, singular, axes = torch.linalg.svd((x - self.mean).flatten(0, 1)[:20000], full_matrices=False)
+        frames = (x - self.mean).flatten(0, 1)
+        frames = frames[:: max(1, len(frames) // 20000)]
+        _, singular, axes = torch.linalg.svd(frames, full_matrices=False)
         self.register_buffer("axes", axes[:components])
-        self.unit = float(singular[0] / min(20000, x.shape[0] * x.shape[1]) ** 0.5)  # so that codes are of order 1
+        self.unit = float(singular[0] / len(frames) ** 0.5)  # so that codes are of order 1
 
     def encode(self, x):
         return (x - self.mean) @ self.axes.T / self.unit
@@ -775,8 +800,21 @@ def convolutions(*layers):
 
 
 def perceptron(*sizes):
-    """Linear layers of these sizes, each followed by a ReLU."""
-    return nn.Sequential(*(part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())))
+    """Linear layers of these sizes, each followed by a ReLU; He's start: PyTorch's own loses most of the signal."""
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
+
+
+def three_lstms(inputs, H):
+    """Three LSTMs, as [4] to [6] stack them, with Glorot's start: through PyTorch's own 1 % of a movement gets out."""
+    net = nn.LSTM(inputs, H, 3, batch_first=True)
+    for name, weight in net.named_parameters():
+        for gate in weight.data.chunk(4) if weight.dim() == 2 else ():
+            (nn.init.orthogonal_ if "_hh_" in name else nn.init.xavier_uniform_)(gate)
+    return net
 
 
 class Chen(nn.Module):
@@ -796,7 +834,7 @@ class Chen(nn.Module):
             perceptron(192 * w, 32 * w, 256))
         self.example = perceptron(components, 256, 512)
         H = 256 // min(size, 2)
-        self.lstm = nn.LSTM(768 + self.emotion_size(w), H, 3, batch_first=True)
+        self.lstm = three_lstms(768 + self.emotion_size(w), H)
         self.out = nn.Linear(H, components)
 
     def emotion_size(self, w):
@@ -863,7 +901,7 @@ class Lu(nn.Module):
         self.register_buffer("sound_scale", torch.stack([c.mean((0, 1)), c.std((0, 1)) + 1e-6]).repeat(1, 2))
         self.register_buffer("mouth_scale", (self.mouth(x) - self.face[self.MOUTH]).flatten(2).std((0, 1)) + 1e-6)
         self.down, self.norm = nn.Linear(M, H), nn.BatchNorm1d(H)
-        self.lstm = nn.LSTM(H, wide, 3, batch_first=True)
+        self.lstm = three_lstms(H, wide)
         self.up = nn.Sequential(nn.Linear(wide, H), nn.LeakyReLU(0.2), nn.Linear(H, H), nn.LeakyReLU(0.2),
                                 nn.Linear(H, 2 * len(self.MOUTH)))
         self.start = nn.Sequential(nn.Conv1d(12, C, 1), nn.LeakyReLU(0.2), nn.Conv1d(C, C, 1), nn.LeakyReLU(0.2))
@@ -943,25 +981,28 @@ def fit(net, held, steps, seed):
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
-    def loss(windows):
+    def loss(windows, generator):
         x, c = clips.batch(windows, T, held.lead, held.noise, generator)
-        return net.loss(x.to(held.device), c.to(held.device), held.fine(windows, T, held.lead).to(held.device))
+        fine = held.fine(windows, T, held.lead).to(held.device) if isinstance(net, Chen) else None  # the others hear c
+        return net.loss(x.to(held.device), c.to(held.device), fine)
 
     best, kept, fixed = math.inf, None, clips.windows("val", T, 32)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
         optimizer.zero_grad()
-        loss(clips.draw(net.count, T, generator)).backward()
+        loss(clips.draw(net.count, T, generator), generator).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         if step % max(1, steps // 8) == 0 or step == steps:
             net.eval()
             with torch.no_grad():
-                now = float(loss(fixed))
+                now = float(loss(fixed, torch.Generator().manual_seed(0)))  # the same noise each time
             net.train()
             if now < best:
                 best, kept = now, {key: value.clone() for key, value in net.state_dict().items()}
             print(f"step {step:5d}/{steps}: val loss {now:.5f}", flush=True)
+    if not kept:
+        raise UserError(f"{type(net).__name__}: no finite validation loss vs at least one. Mend the data")
     net.load_state_dict(kept)
     return net.eval()
 
@@ -1074,7 +1115,7 @@ def truth_spread(held):
     """The truth's own diversity: distance between different clips, face and lips, in the unit of the `spread`
     columns."""
     io = interocular(held.x).mean()
-    tracks = np.stack([np.roll(held.x, i, 0) for i in range(8)])
+    tracks = np.stack([np.roll(held.x, i, 0) for i in range(min(8, len(held.x)))])
     lips = points(tracks)[..., LIPS, :]
     lips = (lips - lips.mean(-2, keepdims=True)).reshape(*tracks.shape[:3], 40)
     return float(pairwise_distance(tracks).mean() / io / 68**0.5), float(pairwise_distance(lips).mean() / io / 20**0.5)

@@ -1,8 +1,9 @@
 """Everything a user may have -> one training folder for talkingflow.py.
 
     python prepare_data.py synthetic --out data/synthetic     invented talkers, the best possible likelihood known
-    python prepare_data.py my/clips  --out data/mine          landmarks with sound, whole folders of them:
-                                                              NAME.npz, or NAME.wav with NAME.npy or OpenFace NAME.csv
+    python prepare_data.py my/clips  --out data/mine          videos (optional packages: see Videos below), or landmarks
+                                                              with sound, NAME.npz or NAME.wav with NAME.npy or OpenFace
+                                                              NAME.csv; single files or whole folders of them
 
 What is written (plain files, no pickle; N = frames of all clips end to end, S = sound samples end to end):
 
@@ -17,7 +18,7 @@ A .npz holds landmarks (frames, 68, 2) in pixels or 0..1, NaN where no face is, 
 (seconds) or fps, wh (frame size), audio with sr, source, licence, extractor.
 
 Reading order: the folder and its writer; the synthetic talkers (voice, face, exact likelihood); finding and reading
-sources; from a source to clips; the whole run; the command line.
+sources; videos; from a source to clips; the whole run; the command line.
 """
 import argparse
 import contextlib
@@ -573,7 +574,7 @@ def find_sources(args):
     names = Counter(task["name"] for task in tasks)
     for task in tasks:
         if names[task["name"]] > 1:                      # the same name below two SRCs
-            task["name"] = Path(task["path"]).with_suffix("").as_posix()
+            task["name"] = os.path.abspath(task["path"]).lstrip("/")             # with its suffix: a.mp4 is not a.mkv
     return sorted(tasks, key=lambda task: task["name"])[:args.limit], problems
 
 
@@ -863,14 +864,14 @@ def read_video_sound(path, part=(0.0, np.inf)):
         if not container.streams.audio:
             raise Skip("no sound", "the file has no sound stream")
         resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-        blocks, begin, count = [], 0.0, 0
+        blocks, begin, count = [], None, 0
         for time, frame in decode(container, container.streams.audio[0], part):
-            begin = begin if blocks else time
-            hole = round((time - begin) * SAMPLE_RATE) - count
-            blocks.append(np.zeros(max(0, hole) if hole > 800 else 0, np.int16))              # more than 50 ms are lost
-            frame.pts = None
-            blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
-            count += len(blocks[-1]) + (hole if hole > 800 else 0)
+            begin = time if begin is None else begin
+            hole, frame.pts = round((time - begin) * SAMPLE_RATE) - count, None
+            new = [np.zeros(hole, np.int16)] if hole > 800 else []                            # more than 50 ms are lost
+            new += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
+            blocks += new
+            count += sum(map(len, new))
         if blocks:
             blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(None)]
     if not sum(len(block) for block in blocks):
@@ -1082,7 +1083,7 @@ def make_clips(take, options):
             left_out[e.args] += 1
     if not clips:
         raise Skip(*left_out.most_common(1)[0][0])
-    return clips, {reason[0]: n for reason, n in left_out.items()}
+    return clips, dict(Counter(reason for reason, *_ in left_out.elements()))
 
 
 def cut_piece(take, points, times, step, hear, options):
@@ -1162,14 +1163,14 @@ class Journal:
     def __init__(self, out, settings, force):
         self.path = Path(out) / "journal.jsonl"
         self.done, self.rows, self.seen = {}, {}, {}
-        if self.path.is_file() and not force:
-            whole = self.path.read_bytes().rpartition(b"\n")[0] + b"\n"         # a kill may have torn the last line
-            first, *entries = [json.loads(line) for line in whole.decode().splitlines()] or [{}]
+        text = self.path.read_bytes() if self.path.is_file() and not force else b""
+        if b"\n" in text:
+            whole = text.rpartition(b"\n")[0] + b"\n"                           # a kill may have torn the last line
+            first, *entries = [json.loads(line) for line in whole.decode().splitlines()]
             self.compare(first, settings)
             settings["piece"] = first["piece"]           # chosen by the number of sources when the folder was begun
             for entry in entries:
                 self.rows = entry["rows"]
-                self.seen |= {clip["sha256"]: clip["name"] for clip in entry["clips"]}
                 if entry["reason"] != "unexpected error":                       # that may have been ours: try it again
                     self.done[entry["key"]] = entry
             os.truncate(self.path, len(whole))
@@ -1248,6 +1249,8 @@ def prepare(args):
     journal = Journal(args.out, options, args.force)
     writer = FolderWriter(args.out, args.n_mels, rows=journal.rows)
     todo = [task for task in tasks if task["key"] not in journal.done]
+    journal.seen = {clip["sha256"]: clip["name"] for task in tasks if task["key"] in journal.done
+                    for clip in journal.done[task["key"]]["clips"]}              # not those of files that changed since
     if model and todo:
         print(f"landmarks by {args.extractor} ({EXTRACTORS[args.extractor][-1]}). A video's licence is its maker's.")
     options |= {"debug": args.debug, "model": model,
@@ -1328,8 +1331,9 @@ def finish(args, mel, entries, problems, writer):
     clips = [{**clip, "path": entry["path"]} for entry in entries for clip in entry["clips"]]
     writer.close_arrays()
     if not clips:
-        for name in ("landmarks.npy", "mel.npy", "audio.npy", "journal.jsonl"):
-            (out / name).unlink(missing_ok=True)
+        if not writer.rows()["landmarks"]:                                       # never the work of an earlier run
+            for name in ("landmarks.npy", "mel.npy", "audio.npy", "journal.jsonl"):
+                (out / name).unlink(missing_ok=True)
         detail = next((f"{Path(entry['path']).name}: {entry['detail']}" for entry in entries if entry["detail"]), "")
         raise UserError(f"{' '.join(args.sources)}: no usable clip, {skipped} vs at least one. "
                         f"{detail} (all of them: {out / 'report.csv'})")
@@ -1384,7 +1388,7 @@ def facts(out, meta, clips, entries):
         dull += mel[clip["start"]:clip["start"] + clip["frames"], -1].max() < -27    # its floor is -30, a hiss is at -19
         width = np.median(interocular(x))
         if clip["split"] == "train":
-            eyes = x[:, 36:42].mean(1) - x[:, 42:48].mean(1)     # their centres
+            eyes = x[:, 36:42].mean(1) - x[:, 42:48].mean(1)     # their centres, not the outer corners
             widths.append(np.median(np.linalg.norm(eyes, axis=-1)))
         if len(x) > 2:
             jitter.append(np.median(np.linalg.norm(x[1:-1] - (x[:-2] + x[2:]) / 2, axis=-1)) / width)

@@ -25,7 +25,9 @@ with the determinant of every layer signed: a coupling adds +sum(s). The README 
 
 import argparse
 import base64
+import contextlib
 import dataclasses
+import datetime
 import hashlib
 import inspect
 import io
@@ -42,8 +44,8 @@ import time
 import warnings
 import wave
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
 # Config: every number of a run. The comments are the text of --help.
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """All numbers of a model and its training. Raises UserError where one is impossible."""
 
@@ -100,16 +102,18 @@ class Config:
     def __post_init__(self):
         self.dilations, self.lambdas = tuple(self.dilations), tuple(self.lambdas)
         at_least_one = "dim cond_dim hidden kernel_size num_scales steps_per_scale batch_size seq_len eval_interval"
-        not_negative = "lead dropout steps epochs warmup weight_decay mean_lr mean_loss noise seed"
+        not_negative = "lead dropout steps epochs warmup weight_decay mean_loss noise seed"
         rules = [(name, getattr(self, name) >= 1, "at least 1") for name in at_least_one.split()]
         rules += [(name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in not_negative.split()]
-        rules += [(name, 0 < getattr(self, name) < math.inf, "above 0") for name in ("lr", "grad_clip", "scale_bound")]
+        above_0 = "lr mean_lr grad_clip scale_bound"
+        rules += [(name, 0 < getattr(self, name) < math.inf, "above 0") for name in above_0.split()]
         rules += [
             ("dropout", self.dropout < 1, "below 1"),
             ("lr_final", 0 <= self.lr_final <= 1, "between 0 and 1"),
             ("prior", self.prior in ("ar2", "iid"), "ar2 or iid"),
             ("init", self.init in ("data", "random"), "data or random"),
-            ("dilations", len(self.dilations) >= 1 and min(self.dilations) >= 1, "one or more, each at least 1"),
+            ("dilations", self.dilations and all(isinstance(d, int) and d >= 1 for d in self.dilations),
+             "one or more whole numbers, each at least 1"),
             ("lambdas", len(self.lambdas) == self.num_scales, f"one for each of the {self.num_scales} scales"),
             ("lambdas", all(0 < v < math.inf for v in self.lambdas), "above 0"),
             ("dim", self.dim >= 2**self.num_scales, f"at least 2^num_scales = {2**self.num_scales}"),
@@ -123,7 +127,8 @@ class Config:
     @staticmethod
     def preset(name):
         """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors' code where
-        it is silent (steps a scale, hidden, kernel size), and needs a GPU."""
+        it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands, window, the bounds on s and
+        on the gradient and the dequantisation noise are this project's."""
         if name not in ("demo", "paper"):
             raise UserError(f"preset: {name} vs demo or paper. Choose one of the two")
         return Config() if name == "demo" else Config(
@@ -134,6 +139,8 @@ class Config:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The sound: a causal log-mel spectrogram, one column a video frame
+
+FLOOR = 1e-13  # of mel power: its logarithm is -30, a quiet hiss is at -19
 
 
 class Mel:
@@ -157,8 +164,8 @@ class Mel:
             warnings.simplefilter("ignore")
             bank = librosa.filters.mel(sr=sample_rate, n_fft=self.size, n_mels=n_mels, fmin=fmin, fmax=fmax)
         self.bank = bank / self.hann.sum() ** 2  # (M, bins)
-        # samples kept, columns done, index of past[0]
-        self.past, self.frame, self.first = np.zeros(0, np.float32), 0, 0
+        # samples kept, the first one's number, columns done
+        self.past, self.first, self.frame = np.zeros(0, np.float32), 0, 0
 
     def _power(self, samples, first, start, stop):
         """Mel power of columns start..stop-1; samples[0] is number `first` of its sound, with zeros before number 0."""
@@ -179,7 +186,7 @@ class Mel:
         power = self._power(audio, 0, 0, self._frames(len(audio)))
         if self.level and len(power):
             power = power / max(np.percentile(power.mean(1), 95), 1e-12)
-        return np.log(np.maximum(power, 1e-13))
+        return np.log(np.maximum(power, FLOOR))
 
     def push(self, samples):
         """The next samples of a sound that arrives piece by piece -> the columns (n, M) they complete."""
@@ -191,7 +198,7 @@ class Mel:
         keep = max(0, int((frames + 1) * self.sample_rate / self.fps) - self.size)  # start of the next column's window
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
-        return np.log(np.maximum(power, 1e-13))
+        return np.log(np.maximum(power, FLOOR))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,17 +286,13 @@ def build_kernel():
     print(f"kernel: compiling csrc/ with {toolkit} into {built} (once, a minute or two)", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
     flags = ["-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch's stable ABI as of 2.10
-    before, cpp_extension.CUDA_HOME = os.environ.get("TORCH_CUDA_ARCH_LIST"), str(toolkit)
-    # a folder of our own, so that a lock left by a killed build cannot hang this one
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with (tempfile.TemporaryDirectory(dir=cache) as folder,  # our own: the lock of a killed build cannot hang this one
+          mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=arch),  # torch fails to choose one where no GPU is visible
+          mock.patch.object(cpp_extension, "CUDA_HOME", str(toolkit))):
         Path(folder, "libcudart.so").symlink_to(next(toolkit.glob("lib*/libcudart.so*")))  # wheels have only .so.13
-        os.environ["TORCH_CUDA_ARCH_LIST"] = arch  # torch fails to choose one where no GPU is visible
-        try:
-            sources = [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")]
-            cpp_extension.load("talkingflow", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"],
-                               extra_ldflags=[f"-L{folder}"], build_directory=folder, is_python_module=False)
-        finally:
-            os.environ.pop("TORCH_CUDA_ARCH_LIST") if before is None else os.environ.update(TORCH_CUDA_ARCH_LIST=before)
+        sources = [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")]
+        cpp_extension.load("talkingflow", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"],
+                           extra_ldflags=[f"-L{folder}"], build_directory=folder, is_python_module=False)
         os.replace(Path(folder, "talkingflow.so"), built)  # whole or not at all, however many processes build
 
 
@@ -302,11 +305,11 @@ def load_kernel():
     global _kernel
     if _kernel is None:
         choice = os.environ.get("TALKINGFLOW_KERNEL", "auto")
-        no_gpu = "" if torch.cuda.is_available() else "no GPU is visible"
-        why = {"torch": "TALKINGFLOW_KERNEL=torch", "cuda": "", "auto": no_gpu}
-        if choice not in why:
+        if choice not in ("auto", "cuda", "torch"):
             raise UserError(f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it.")
-        why = "this PyTorch has no CUDA" if torch.version.cuda is None and choice != "torch" else why[choice]
+        why = ("TALKINGFLOW_KERNEL=torch" if choice == "torch" else
+               "this PyTorch has no CUDA" if torch.version.cuda is None else
+               "no GPU is visible" if choice == "auto" and not torch.cuda.is_available() else "")
         _kernel = False
         try:
             if not why:
@@ -355,18 +358,18 @@ class ConditionTCN(nn.Module):
         self.out = nn.Linear(H, out_channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.dropout, self.precision = config.dropout, torch.float32
+        self.dropout, self.precision = config.dropout, torch.float32  # the trainer makes it bfloat16 on a GPU
 
     def forward(self, x, c, memory=None):
         with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
-            # (B, C, T), (B, 2H, T)
-            h, conds = x.transpose(1, 2), self.cond(c).transpose(1, 2).chunk(len(self.layers), 1)
+            h = x.transpose(1, 2)  # (B, C, T)
+            conds = self.cond(c).transpose(1, 2).chunk(len(self.layers), 1)  # (B, 2H, T) for each layer
             for layer, cond in zip(self.layers, conds):
                 past = (layer.kernel_size[0] - 1) * layer.dilation[0]
                 if memory is not None:  # the layer's last inputs stand where the zero padding of a whole sequence would
                     h = torch.cat([memory.get(layer, h.new_zeros(len(h), h.shape[1], past)), h], 2)
-                    memory[layer] = h[:, :, h.shape[2] - past :].clone()
-                    cond = F.pad(cond, (past, 0))
+                    memory[layer] = h[:, :, h.shape[2] - past :].clone()  # a view would keep the whole block alive
+                    cond = F.pad(cond, (past, 0))  # these outputs are cut off below
                 h = gated_causal_conv(h, layer.weight, layer.bias, cond, layer.dilation[0])  # (B, H, T)
                 h = F.dropout(h if memory is None else h[:, :, past:], self.dropout, self.training)
             return self.out(h.transpose(1, 2)).to(x.dtype)  # (B, T, out)
@@ -402,18 +405,20 @@ class InvertibleConv1x1(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        for name in ("permutation", "sign"):
-            self.register_buffer(name, torch.empty(0))
+        self.register_buffer("permutation", torch.empty(dim, dim))
+        self.register_buffer("sign", torch.empty(dim))
+        self.lower, self.upper = nn.Parameter(torch.empty(dim, dim)), nn.Parameter(torch.empty(dim, dim))
+        self.log_diagonal = nn.Parameter(torch.empty(dim))
         self.set_matrix(torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64))[0])
 
+    @torch.no_grad()
     def set_matrix(self, W):
         """Take W (D, D) apart once; P and the signs stay fixed, the rest is learned."""
         P, lower, upper = torch.linalg.lu(W.double())
         diagonal = upper.diagonal()
-        dtype = self.lower.dtype if hasattr(self, "lower") else torch.get_default_dtype()
-        self.permutation, self.sign = P.to(dtype), diagonal.sign().to(dtype)
-        self.lower, self.upper = nn.Parameter(lower.tril(-1).to(dtype)), nn.Parameter(upper.triu(1).to(dtype))
-        self.log_diagonal = nn.Parameter(diagonal.abs().log().to(dtype))
+        self.permutation.copy_(P), self.sign.copy_(diagonal.sign())
+        self.lower.copy_(lower.tril(-1)), self.upper.copy_(upper.triu(1))
+        self.log_diagonal.copy_(diagonal.abs().log())
 
     def matrix(self):
         lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
@@ -505,18 +510,20 @@ class Prior(nn.Module):
     def partials(self):
         return 0.9995 * torch.tanh(self.partial)  # never quite 1: a constant coordinate keeps a finite density
 
+    def recursion(self):
+        """a1, a2 and var e of frame 0, of frame 1 and of all later ones, each (3, D): the first two know less."""
+        p1, p2 = self.partials()
+        zero, one = torch.zeros_like(p1), torch.ones_like(p1)
+        share = torch.stack([one, 1 - p1**2, (1 - p1**2) * (1 - p2**2)])
+        return torch.stack([zero, p1, p1 * (1 - p2)]), torch.stack([zero, zero, p2]), self.variance * share
+
     def log_prob(self, z, mean):
         """log p(z | m(c)) (B,), nats."""
         r, variance = z - mean, self.variance
         if self.ar2:
-            p1, p2 = self.partials()
-            # r_{t-1}, r_{t-2}; 0 before t = 0
-            before, before2 = F.pad(r, (0, 0, 1, 0))[:, :-1], F.pad(r, (0, 0, 2, 0))[:, :-2]
-            first, second = torch.zeros_like(p1), torch.ones_like(p1)
-            T = r.shape[1]
-            a1 = torch.stack([first, p1] + [p1 * (1 - p2)] * (T - 2))[:T]  # (T, D): the first two frames know less
-            a2 = torch.stack([first, first] + [p2] * (T - 2))[:T]
-            variance = variance * torch.stack([second, 1 - p1**2] + [(1 - p1**2) * (1 - p2**2)] * (T - 2))[:T]
+            frame = torch.arange(r.shape[1], device=r.device).clamp(max=2)
+            a1, a2, variance = (v[frame] for v in self.recursion())  # (T, D) each
+            before, before2 = F.pad(r, (0, 0, 1, 0))[:, :-1], F.pad(r, (0, 0, 2, 0))[:, :-2]  # r_{t-1}, r_{t-2}
             r = r - a1 * before - a2 * before2
         return -0.5 * (r**2 / variance + (2 * math.pi * variance).log()).expand_as(z).sum((1, 2))
 
@@ -524,15 +531,13 @@ class Prior(nn.Module):
         """Standard normal noise (B, T, D) -> a draw of z; memory carries the last two frames from block to block."""
         if not self.ar2:
             return noise * self.variance.sqrt()
-        p1, p2 = self.partials()
-        a1, a2 = p1 * (1 - p2), p2
-        stds = [self.variance, self.variance * (1 - p1**2), self.variance * (1 - p1**2) * (1 - p2**2)]
-        zero = torch.zeros_like(noise[:, 0])
+        a1, a2, variance = self.recursion()
+        std, zero = variance.sqrt(), torch.zeros_like(noise[:, 0])
         frame, before, before2 = memory.get(self, (0, zero, zero))
         frames = []
         for e in noise.unbind(1):  # the one recursion over time: a few numbers a frame
-            mean = (p1 if frame == 1 else a1) * before + a2 * before2
-            before, before2, frame = mean + stds[min(frame, 2)].sqrt() * e, before, frame + 1
+            i = min(frame, 2)
+            before, before2, frame = a1[i] * before + a2[i] * before2 + std[i] * e, before, frame + 1
             frames.append(before)
         memory[self] = frame, before, before2
         return torch.stack(frames, 1) + self.mean(c, memory)
@@ -562,9 +567,7 @@ class TalkingFlow(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        dims = [config.dim]
-        for _ in range(config.num_scales - 1):
-            dims.append(dims[-1] // 2)
+        dims = [config.dim // 2**i for i in range(config.num_scales)]  # 136, 68, 34, 17
         self.scales = nn.ModuleList(
             nn.ModuleList(FlowStep(dim, config) for _ in range(config.steps_per_scale)) for dim in dims
         )
@@ -590,15 +593,15 @@ class TalkingFlow(nn.Module):
                 x, step_logdet = step(x, c)
                 logdet = logdet + step_logdet
             if scale is not self.scales[-1]:
-                x, z = x.split([x.shape[2] // 2, x.shape[2] - x.shape[2] // 2], 2)  # Eq. 10
+                x, z = x.tensor_split([x.shape[2] // 2], 2)  # Eq. 10
                 zs.insert(0, z)
         return [x] + zs, logdet
 
     def inverse(self, zs, c, memory=None):
         """Noise -> data, exact: x (B, T, D) with forward(x, c) = zs. `memory`: see `stream`."""
-        c = (c - self.cond_mean) / self.cond_std
         x, *zs = zs
         self._check(torch.cat([x, *zs], 2), c)
+        c = (c - self.cond_mean) / self.cond_std
         for scale in reversed(self.scales):
             if scale is not self.scales[-1]:
                 x, zs = torch.cat([x, zs[0]], 2), zs[1:]
@@ -615,9 +618,9 @@ class TalkingFlow(nn.Module):
         """-log p(x | c) / (T D): nats per coordinate per frame (B,). p is a density, so this may well be negative."""
         return -self.log_prob(x, c) / (x.shape[1] * x.shape[2])
 
-    def prior_mean(self, c, memory=None):
+    def prior_mean(self, c):
         """m(c): where the prior expects the latents of this sound, (B, T, D), or a scalar 0."""
-        return self.prior.mean((c - self.cond_mean) / self.cond_std, memory)
+        return self.prior.mean((c - self.cond_mean) / self.cond_std)
 
     def sample(self, c, temperature=1.0, generator=None):
         """One draw of x (B, T, D) for the sound c (B, T, M); temperature 0 gives the flow's central face track."""
@@ -649,9 +652,10 @@ class TalkingFlow(nn.Module):
                     step.conv.set_matrix(pca(h, variance) if step is self.scales[0][0] else shuffle(h.shape[2]))
                 h = step.coupling(step.conv(h)[0], c)[0]
             if scale is not self.scales[-1]:
-                h, z = h.split([h.shape[2] // 2, h.shape[2] - h.shape[2] // 2], 2)
+                h, z = h.tensor_split([h.shape[2] // 2], 2)
                 zs.insert(0, z)
-        self.prior.initialize(torch.cat([h] + zs, 2))
+        if self.config.init == "data":
+            self.prior.initialize(torch.cat([h] + zs, 2))
         self.initialized.fill_(True)
 
 
@@ -667,8 +671,8 @@ def shuffle(dim):
 
 
 class Stream:
-    """Faces while the sound arrives. Each layer keeps its last few inputs, so nothing of the past is computed again,
-    and blocks of any size give the frames of a whole-sequence sample, whose one block is the whole sound."""
+    """Faces while the sound arrives. Each layer keeps its last few inputs, so the past need not be computed again, and
+    blocks of any size give the frames of a whole-sequence sample, whose one block is the whole sound."""
 
     def __init__(self, flow, batch_size, temperature, generator):
         self.flow, self.batch_size, self.temperature, self.generator = flow, batch_size, temperature, generator
@@ -679,7 +683,7 @@ class Stream:
         """The next block of sound c (B, n, M) -> its landmarks (B, n, D)."""
         flow, training = self.flow, self.flow.training
         size = self.batch_size, flow.config.dim
-        if c.dim() != 3 or len(c) != self.batch_size:
+        if c.dim() != 3 or c.shape[::2] != (self.batch_size, flow.config.cond_dim):
             raise UserError(f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). "
                             "Check its shape")
         if c.shape[1] == 0:
@@ -749,18 +753,15 @@ class Clips:
 
     def batch(self, windows, T, lead=0, noise=0.0, generator=None):
         """Landmarks x (B, T, D) plus noise of `noise` interocular distances, sound c (B, T, M) heard `lead` ahead."""
-        x = np.stack([self.landmarks[clip["start"] + s : clip["start"] + s + T] for clip, s in windows])
-        mels = [self.mel[clip["start"] : clip["start"] + clip["frames"]] for clip, _ in windows]
-        c = np.stack([lead_sound(mel, s, T, lead) for mel, (_, s) in zip(mels, windows)])
-        x = torch.from_numpy(x)
+        x, c = [], []
+        for clip, s in windows:
+            ahead = np.minimum(np.arange(s, s + T) + lead, clip["frames"] - 1)  # a clip's last column is repeated
+            x.append(self.landmarks[clip["start"] + s : clip["start"] + s + T])
+            c.append(self.mel[clip["start"] + ahead])
+        x, c = torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(c))
         if noise:
             x = x + noise * self.meta["interocular"] * torch.randn(x.shape, generator=generator)
-        return x, torch.from_numpy(c)
-
-
-def lead_sound(mel, start, T, lead):
-    """Frames start..start+T-1 of a clip's log-mel (frames, M) heard `lead` frames ahead, its last column repeated."""
-    return mel[np.minimum(np.arange(start, start + T) + lead, len(mel) - 1)]
+        return x, c
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -850,7 +851,7 @@ def build_optimizer(flow, config):
     """Adam; decay on the ConditionTCNs' weights only: a rotation or an autocorrelation near 0 is no simpler."""
     groups = {}
     for name, parameter in flow.named_parameters():
-        mean, decays = "mean_net" in name, (".net." in name or "mean_net" in name) and parameter.dim() > 1
+        mean, decays = "mean_net" in name, "net." in name and parameter.dim() > 1
         groups.setdefault((mean, decays), []).append(parameter)
     groups = [
         {"params": p, "scale": config.mean_lr if mean else 1.0,
@@ -952,8 +953,9 @@ class Trainer:
         flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
         self.flow, self.optimizer = flow, build_optimizer(flow, config)
         self.step, self.best, self.skipped = 0, math.inf, 0
-        self.generator = torch.Generator().manual_seed(config.seed + 1000003 * (self.rank + 1))  # windows and noise
-        torch.manual_seed(config.seed + 1000003 * self.rank)  # dropout
+        start = state["step"] if state else 0  # a run that goes on with several processes sees new windows
+        self.generator = torch.Generator().manual_seed(config.seed + 1000003 * (self.rank + 1) + start)  # and noise
+        torch.manual_seed(config.seed + 1000003 * self.rank + start)  # dropout
         if state:
             self.step, self.best = state["step"], state["best"]
             flow.load_state_dict(state["model"])
@@ -961,7 +963,7 @@ class Trainer:
             if self.world == 1:
                 self.generator.set_state(state["generator"])
                 torch.set_rng_state(state["torch_rng"])
-        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0):
             # the networks in bfloat16; the flow around them stays float32, so its inverse stays exact
             for net in flow.modules():
                 if isinstance(net, ConditionTCN):
@@ -969,7 +971,7 @@ class Trainer:
         self.model = Objective(flow)
         if self.world > 1:  # wrapped after the data-dependent start, which is the same in all processes
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.model = nn.parallel.DistributedDataParallel(self.model, find_unused_parameters=False)
+            self.model = nn.parallel.DistributedDataParallel(self.model)
 
     def train_step(self):
         """One step of Adam on a fresh batch; a step whose gradient is not finite changes nothing and is named."""
@@ -979,7 +981,7 @@ class Trainer:
             group["lr"] = config.lr * share * group["scale"]
         windows = self.clips.draw(config.batch_size // self.world, self.T, self.generator)
         x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator)
-        fade = max(0.0, 1 - step / (0.7 * self.steps)) if self.flow.prior.mean_net else 0.0
+        fade = max(0.0, 1 - step / (0.7 * self.steps))
         nll, loss = self.model(x.to(self.device), c.to(self.device), config.mean_loss * fade)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -991,7 +993,7 @@ class Trainer:
             return
         self.skipped += 1
         names = ", ".join(clip["name"] for clip, _ in windows[:4])
-        print(f"step {self.step}: gradient not finite (nll {float(nll):.3f}; clips {names}, ...), skipped", flush=True)
+        print(f"step {self.step}: gradient not finite (nll {nll.item():.3f}; clips {names}, ...), skipped", flush=True)
         if self.skipped == 5:
             raise UserError(f"step {self.step}: 5 gradients in a row not finite vs finite ones. "
                             f"{self.out / 'checkpoint.pt'} keeps the last good weights; lower --lr or mend these clips")
@@ -1001,9 +1003,10 @@ class Trainer:
         nlls = {f"{split}_nll": validate(self.flow, batches) for split, batches in self.held.items()}
         speed = self.config.batch_size * self.T / seconds  # of a step
         entry = {"step": self.step, **nlls, "frames_per_second": round(speed)}
-        left = time.strftime("%H:%M:%S", time.gmtime((self.steps - self.step) * seconds))
+        left = datetime.timedelta(seconds=round((self.steps - self.step) * seconds))
         print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} "
-              f"val nll {nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} left", flush=True)
+              f"val nll {nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | "
+              f"{left} left", flush=True)
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
         if nlls["val_nll"] < self.best:  # never true for NaN
@@ -1033,11 +1036,10 @@ class Trainer:
         clock, done, signalled = time.perf_counter(), self.step, 0
         with Interrupt() as interrupt:
             while self.step < self.steps and not signalled:
-                first = self.step == 0
                 self.train_step()
-                signalled = self.stop_asked(interrupt)
+                signalled = self.step < self.steps and self.stop_asked(interrupt)  # the last one just ends
                 seconds = (time.perf_counter() - clock) / (self.step - done)
-                due = first or self.step % self.config.eval_interval == 0 or self.step == self.steps
+                due = self.step in (1, self.steps) or self.step % self.config.eval_interval == 0
                 if self.rank == 0 and due and not signalled:
                     self.log(seconds)
                     clock, done = time.perf_counter(), self.step
@@ -1133,8 +1135,11 @@ def default_data(args):
     if not (folder / "meta.json").is_file():
         import prepare_data
 
-        print(f"{folder}: not there yet, making the synthetic talkers (python prepare_data.py synthetic)", flush=True)
-        prepare_data.synthetic(folder, n_mels=Config.preset(args.preset).cond_dim)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{folder}: not there yet, making it (python prepare_data.py synthetic)", flush=True)
+            prepare_data.synthetic(folder, n_mels=Config.preset(args.preset).cond_dim)
+        while not (folder / "meta.json").is_file():  # written last: the other processes of torchrun wait for it
+            time.sleep(1)
     return folder
 
 
@@ -1142,7 +1147,7 @@ def configure(args, clips):
     """The preset, then what the data asks for, then the flags."""
     asked = clips.meta["defaults"]  # lead and noise; the synthetic talkers also ask for dropout and steps
     wanted = {name: asked[name] for name in asked if args.preset == "demo" or name in ("lead", "noise")}
-    wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim}
+    wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim} | ({"steps": 0} if "epochs" in args.config else {})
     for name in ("dim", "cond_dim"):
         if args.config.get(name, wanted[name]) != wanted[name]:
             raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. "
@@ -1165,13 +1170,13 @@ class Talker:
         self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
         self.lead, self.device = flow.config.lead, flow.cond_mean.device
         self.streams = [flow.stream(1, temperature, torch.Generator().manual_seed(seed + i)) for i in range(faces)]
-        self.waiting, self.heard = self.lead, 0  # the first columns are only ever heard ahead
+        self.waiting = self.lead  # the first columns are only ever heard ahead
         self.last = np.zeros((0, len(self.mel.bank)), np.float32)
 
     def speak(self, columns):
         """Log-mel columns (n, M) -> landmarks (K, n', D), n' < n while the look-ahead fills."""
         skip = min(self.waiting, len(columns))
-        self.heard, self.waiting = self.heard + len(columns), self.waiting - skip
+        self.waiting -= skip
         self.last = columns[-1:] if len(columns) else self.last
         c = torch.from_numpy(columns[skip:])[None].to(self.device)
         return np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
@@ -1181,15 +1186,11 @@ class Talker:
 
     def finish(self):
         """The frames whose look-ahead lies beyond the end of the sound: its last column stands in."""
-        missing = min(self.lead, self.heard)
-        self.waiting -= self.lead - missing  # a sound shorter than the look-ahead has only `heard` frames
-        return self.speak(np.repeat(self.last, missing + self.waiting, 0) if missing else self.last[:0])
+        missing, self.waiting = self.lead - self.waiting, 0  # fewer if the sound is shorter than the look-ahead
+        return self.speak(np.repeat(self.last, missing, 0))
 
 
-VIDEO = (".mp4", ".mpg", ".mpeg", ".mkv", ".avi", ".mov", ".webm")  # their sound comes through prepare_data.py
-
-
-def read_sound(path, seconds=20):
+def read_sound(path):
     """Yield (mono float32 samples in -1..1, sample rate) of a sound file in blocks, however long it is."""
     import soundfile  # what librosa reads with
 
@@ -1197,11 +1198,15 @@ def read_sound(path, seconds=20):
     if not path.is_file():
         raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. "
                         "Check --audio")
+    begun = False
     try:
         with soundfile.SoundFile(path) as f:
-            for block in f.blocks(int(seconds * f.samplerate), dtype="float32", always_2d=True):
+            for block in f.blocks(20 * f.samplerate, dtype="float32", always_2d=True):
+                begun = True
                 yield block.mean(1), f.samplerate
-    except soundfile.LibsndfileError:
+    except soundfile.LibsndfileError as e:
+        if begun:
+            raise UserError(f"{path}: breaks off ({e}) vs a whole file. Export it again")
         import librosa
 
         try:
@@ -1284,8 +1289,10 @@ def sample(args):
         raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
     truth, box = None, None
     if args.audio:
+        import prepare_data
+
         name, blocks = Path(args.audio).name, read_sound(args.audio)
-        if Path(args.audio).suffix.lower() in VIDEO and Path(args.audio).is_file():
+        if args.audio.lower().endswith(prepare_data.VIDEOS) and Path(args.audio).is_file():
             blocks, truth, box = read_video(args.audio, data["fps"])
         x, sound, rate = speak_sound(flow, data, args.audio, blocks, faces, args.temperature, args.seed)
     else:
@@ -1325,21 +1332,17 @@ def stream(args):
     """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
     flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
     talker = Talker(flow, state["data"], args.rate, 1, args.temperature, args.seed)
-    frame, rest = 0, b""
-
-    def emit(x):
-        nonlocal frame
-        for points in x[0]:
-            seconds, points = round(frame / state["data"]["fps"], 4), points.reshape(-1, 2).round(5).tolist()
+    frame, rest, piece = 0, b"", b"begin"
+    while piece:
+        piece = sys.stdin.buffer.read1(1 << 16)
+        rest += piece
+        whole = len(rest) // 2 * 2  # a pipe may cut a sample in two
+        samples, rest = np.frombuffer(rest[:whole], "<i2") / np.float32(32768), rest[whole:]
+        x = talker.push(samples) if piece else talker.finish()
+        for points in x[0].reshape(-1, 68, 2).round(5).tolist():
+            seconds = round(frame / state["data"]["fps"], 4)
             print(json.dumps({"frame": frame, "time": seconds, "landmarks": points}), flush=True)
             frame += 1
-
-    while piece := sys.stdin.buffer.read1(1 << 16):
-        piece = rest + piece
-        whole = len(piece) // 2 * 2
-        rest = piece[whole:]
-        emit(talker.push(np.frombuffer(piece[:whole], "<i2") / np.float32(32768)))
-    emit(talker.finish())
     if not frame:
         raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. "
                         "Pipe in more")
@@ -1428,16 +1431,15 @@ def write_mp4(path, x, truth, sound, rate, info):
     wav = path.with_suffix(".wav")
     try:
         wav.write_bytes(wav_bytes(sound, rate))
-        pictures = frame_pictures(x, truth, 480)
-        first = next(pictures)
-        size = f"{first.size[0]}x{first.size[1]}"
+        size = f"{480 * (len(x) + (truth is not None))}x480"
         options = f"-y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {info['fps']} -i - -i".split()
         options = [*options, str(wav), *"-pix_fmt yuv420p -c:a aac -f mp4".split(), str(path)]
-        process = subprocess.Popen(["ffmpeg", *options], stdin=subprocess.PIPE)
-        for picture in (first, *pictures):
-            process.stdin.write(picture.tobytes())
-        process.stdin.close()
-        if process.wait():
+        # where ffmpeg gives up early, its exit status says more than the broken pipe
+        with contextlib.suppress(BrokenPipeError):
+            with subprocess.Popen(["ffmpeg", *options], stdin=subprocess.PIPE) as process:
+                for picture in frame_pictures(x, truth, 480):
+                    process.stdin.write(picture.tobytes())
+        if process.returncode:
             raise UserError(f"ffmpeg: exit status {process.returncode} vs 0. See its message above")
     finally:
         wav.unlink(missing_ok=True)
@@ -1501,7 +1503,7 @@ def bounded(kind, low, high=math.inf):
 
     def convert(text):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 

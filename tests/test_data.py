@@ -3,6 +3,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -445,6 +446,16 @@ def test_wrong_sound_is_warned_about(tmp_path, capsys):
     assert "do not follow this sound" in capsys.readouterr().out
     prepare_data.main([str(tmp_path / "right"), "--out", str(tmp_path / "b")])
     assert "warning" not in capsys.readouterr().out
+
+
+def test_files_that_were_only_touched_are_read_again_and_nothing_is_lost(tmp_path):
+    for i in range(4):
+        write_clip(tmp_path / f"in/clip{i}.npz", seed=i)
+    for _ in range(2):
+        assert prepare(tmp_path / "in", "--out", tmp_path / "out")[0].splitlines()[-1].startswith("4 clips")
+        for path in (tmp_path / "in").iterdir():
+            os.utime(path, (1, 1))
+    assert len(load(tmp_path / "out")[0]["clips"]) == 4
 
 
 def test_late_sound_is_measured_and_moved_on_request(tmp_path):
