@@ -335,7 +335,7 @@ class Held:
     """The windows that every row is scored on, and what a row may learn from: the training split of `clips`.
 
     x (N, T, D): truth. sound(lead): log-mel (N, T, M), the same look-ahead for every row. fine: log-mel at four columns
-    a frame, computed here from the samples, for the SyncNet and the systems that want MFCC. """
+    a frame, computed here from the samples, for the SyncNet and the systems that want MFCC."""
 
     def __init__(self, clips, limit=64, seed=0, draws=20):
         self.clips, self.seed, self.draws, self.fps = clips, seed, draws, clips.fps
@@ -571,7 +571,7 @@ FLOWS = {  # name: (label, changes). One scale has one lambda, and as many steps
                   "prior": "iid"}),
     "tcn": ("+ ConditionTCN: one scale, iid", {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 6,
                                                "prior": "iid"}),
-    "iid": ("full, iid prior (the paper)", {"prior": "iid"}),
+    "iid": ("full, iid prior (the paper's)", {"prior": "iid"}),
     "ar2-no-mean": ("full, ar2 without mean from sound", {"prior_mean": False}),
     "ar2": ("full, ar2", {}),
     "lambda-1": ("full, ar2, all lambda = 1", {"lambdas": (1.0,) * 4}),
@@ -970,7 +970,7 @@ class Lu(nn.Module):
         return face.flatten(2).unflatten(0, (draws, -1))
 
 
-SYSTEMS = {"eskimez": ("Eskimez et al. [3]", Eskimez), "chen": ("Chen et al., ATNet [4]", Chen),
+SYSTEMS = {"eskimez": ("Eskimez et al. [3]", Eskimez), "chen": ("Chen et al., ATNet [4], told the first frame", Chen),
            "ji": ("Ji et al., EVP [5]", Ji),
            "lu": ("Lu et al., Live Speech Portraits [6]", Lu)}
 
@@ -1251,10 +1251,14 @@ def markdown(results):
     face, lips = f["truth_spread"]
     lines = [f"""## {f["data"]}: {f["windows"]} windows of {f["frames"]} held-out frames
 
-{f["train_clips"]} training clips; seed {f["seed"]}; {f["steps"]} steps of {f["batch"]} a flow;
-look-ahead {f["lead"]} frames; {f["draws"]} draws a sound. NLL in nats per coordinate per frame;
-audio gain in nats a frame lost with another clip's sound; SyncNet: {sync}.
-The truth's own diversity, between clips: face {face:.4f}, lips {lips:.4f}."""]
+{f["train_clips"]} training clips, the {f["split"]} split is scored; seed {f["seed"]};
+{f["steps"]} steps of {f["batch"]} a flow; look-ahead {f["lead"]} frames; {f["draws"]} draws a sound.
+NLL in nats per coordinate per frame; audio gain in nats a frame lost with another clip's sound; SyncNet: {sync}.
+The truth's own diversity, between clips: face {face:.4f}, lips {lips:.4f}.
+Intervals are over clips, not over training seeds. A regressor's track is its conditional mean, a flow's one draw, which
+pays about sqrt(2) in every distance: compare regressors with the columns `mean` and `T=0`."""]
+    if f["split"] == "val":
+        lines.append("These windows also chose the best weights: every trained row is optimistic.")
     if f["strangers"]:
         lines.append("""The held-out speakers are strangers: read mouth r (resting mouth and range do not count)
 beside `another clip's sound` (chance) and `loudness alone`; L_MOR and distances carry the unknown resting face.
@@ -1262,8 +1266,8 @@ Mean over speakers of mouth r, one draw: """ + ", ".join(
             f"{label} {row['mouth_r_by_speaker']:.2f}" for label, row in rows.items()) + ".")
     for title, columns in TABLES:
         columns = [c for c in columns if c[1] == "offset" or any(c[1] in row["columns"] for row in rows.values())]
-        lines += ["", title, "", "| row | " + " | ".join(heading for heading, *_ in columns) + " |", "|---"
-                  * (len(columns) + 1) + "|"]
+        lines += ["", title, "", "| row | " + " | ".join(heading for heading, *_ in columns) + " |"]
+        lines.append("|---" * (len(columns) + 1) + "|")
         group = None
         for label, row in rows.items():
             if row["group"] != group:
@@ -1304,7 +1308,7 @@ def figure(path, width, height, draw, rows=1, columns=1):
         ax.spines[["top", "right"]].set_visible(False)
     draw(axes)
     canvas.tight_layout()
-    talkingflow.write_atomically(path, lambda p: canvas.savefig(p, format="png"))
+    talkingflow.write_atomically(path, lambda p: canvas.savefig(p, format="png", bbox_inches="tight"))
     plt.close(canvas)
 
 
@@ -1358,7 +1362,7 @@ def draw_strips(axes, tracks, frames, fps):
         for i, t in enumerate(frames):
             for first, last, closed in talkingflow.CURVES:
                 line = face[t, [*range(first, last + 1), *[first] * closed]] + [i * (high - low)[0] * 1.15, 0]
-                ax.plot(*line.T, color=ORANGE if first >= 48 else INK, lw=1.1)
+                ax.plot(*line.T, color=ORANGE if first >= 48 else INK, lw=1.1, clip_on=False)
         ax.set(xlim=(low[0], high[0] + (len(frames) - 1) * (high - low)[0] * 1.15), ylim=(high[1], low[1]),
                aspect="equal", xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
@@ -1486,6 +1490,8 @@ def rating_page(args):
     results = json.loads((folder / "results.json").read_text())
     facts = results["facts"]
     held = Held(talkingflow.Clips(facts["folder"]), facts["windows"], facts["seed"])
+    if held.clips.meta["fingerprint"] != facts["fingerprint"]:
+        raise UserError(f"{facts['folder']}: other clips vs those evaluated in {folder}. Evaluate again")
     have = {row["name"] for row in results["rows"].values()}
     names = [name for name in args.rows.split(",") if name in have and (folder / "rows" / f"{name}.npy").is_file()]
     if len(names) < 2:
@@ -1494,9 +1500,8 @@ def rating_page(args):
     sounds, stimuli, key = [], [], {}
     for number, (clip, s) in enumerate(held.windows[: args.clips]):
         rate = held.clips.meta["sample_rate"]
-        first = clip["audio_start"] + s * rate // held.fps
-        sound = held.clips.audio[first : clip["audio_start"] + min(clip["audio_samples"], (s + held.T)
-                                                                   * rate // held.fps)]
+        first, last = (int(t * rate / held.fps) for t in (s, s + held.T))
+        sound = held.clips.audio[clip["audio_start"] + first : clip["audio_start"] + min(clip["audio_samples"], last)]
         sounds.append(base64.b64encode(talkingflow.wav_bytes(sound, rate)).decode())
         for name in names:
             face = points(np.load(folder / "rows" / f"{name}.npy")[0, number])
@@ -1508,11 +1513,9 @@ def rating_page(args):
     stimuli.sort(key=lambda stimulus: stimulus["id"])
     name = hashlib.sha256("".join(v["id"] + v["points"] for v in stimuli).encode()).hexdigest()[:12]
     page = {"set": name, "fps": held.fps, "curves": talkingflow.CURVES, "sounds": sounds, "stimuli": stimuli,
-            "checks": [2, 4],
-            "questions": list(QUESTIONS.items()), "labels": SCALE}
+            "checks": [2, 4], "questions": list(QUESTIONS.items()), "labels": SCALE}
     assets, out = Path(__file__).parent / "assets", Path(args.out or folder / "rating.html")
-    style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(),
-                      re.DOTALL)[1]  # one look for all our pages
+    style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[1]  # one look for all
     text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__",
                                                                                     json.dumps(page).replace("</",
                                                                                         "<\\/"))
@@ -1551,10 +1554,11 @@ def read_answers(path):
 def reliable(answers):
     """Whether one rater's answers count, by a rule fixed in advance: every attention check right, no repeat more than 2
     off."""
-    checks = all(str(a["score"]) == str(a["want"]) for a in answers if a["kind"] == "check")
+    checks = [str(a["score"]) == str(a["want"]) for a in answers if a["kind"] == "check"]
     first = {(a["stimulus"], a["question"]): a["score"] for a in answers if a["kind"] == "rate"}
-    return checks and all(abs(a["score"] - first.get((a["stimulus"], a["question"]), a["score"])) <= 2 for a in answers
-                          if a["kind"] == "repeat")
+    steady = (abs(a["score"] - first.get((a["stimulus"], a["question"]), a["score"])) <= 2 for a in answers
+              if a["kind"] == "repeat")
+    return bool(checks) and all(checks) and all(steady)
 
 
 def mean_opinion(ratings, draws=2000, seed=0):
@@ -1582,12 +1586,15 @@ def rating_results(args):
             if answer["set"] != key["set"]:
                 raise UserError(f"{file}: answers to page {answer['set']} vs {key['set']} of {args.key}. "
                                 "Use that page's key")
-            by_rater.setdefault(answer["rater"], {})[answer["trial"],
-                                                     answer["question"]] = answer  # a file given twice counts once
+            answers, place = by_rater.setdefault(answer["rater"], {}), (answer["trial"], answer["question"])
+            old = answers.setdefault(place, answer)  # a file given twice counts once
+            if old["score"] != answer["score"]:
+                raise UserError(f"{file}: rater {answer['rater']} answered differently in another file vs one name a "
+                                "person. Rename one of the two")
     raters = {name: list(answers.values()) for name, answers in by_rater.items()}
     kept = {name: answers for name, answers in raters.items() if reliable(answers)}
-    print(f"{len(raters)} raters, {len(raters) - len(kept)} left out: a wrong attention check, or a repeat more than 2 "
-          "off")
+    print(f"{len(raters)} raters, {len(raters) - len(kept)} left out: no or a wrong attention check, or a repeat more "
+          "than 2 off")
     if not kept:
         raise UserError("ratings: no reliable rater vs at least 1. Collect more")
     for question, text in QUESTIONS.items():
@@ -1595,8 +1602,8 @@ def rating_results(args):
         for name, answers in kept.items():
             for a in answers:
                 if a["kind"] == "rate" and a["question"] == question:
-                    systems.setdefault(key["stimuli"][a["stimulus"]]["label"], {}).setdefault(name,
-                        []).append(a["score"])
+                    label = key["stimuli"][a["stimulus"]]["label"]
+                    systems.setdefault(label, {}).setdefault(name, []).append(a["score"])
         found = {label: mean_opinion(ratings, seed=args.seed) for label, ratings in systems.items()}
         order = sorted(found, key=lambda label: -found[label]["mean"])
         scores = {label: np.concatenate([*systems[label].values()]) for label in order}
@@ -1620,14 +1627,16 @@ def rating_results(args):
 def newest_checkpoint(clips):
     """checkpoint.pt of the newest run under runs/ that was trained on these clips, or None."""
     for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if talkingflow.read_checkpoint(path)["data"]["fingerprint"] == clips.meta["fingerprint"]:
-            return path
+        with contextlib.suppress(UserError):  # a damaged run is no reason to stop
+            if talkingflow.read_checkpoint(path)["data"]["fingerprint"] == clips.meta["fingerprint"]:
+                return path
     return None
 
 
 def tables(args):
     """`python evaluate.py`: every row, the tables on stdout, results.json and figures in --out."""
-    folder = args.data or talkingflow.default_data(argparse.Namespace(preset="demo"))
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
+        folder = args.data or talkingflow.default_data(argparse.Namespace(preset="demo"))
     out = Path(args.out or Path("runs") / f"evaluation-{Path(folder).name}")
     held = Held(talkingflow.Clips(folder), args.clips, args.seed, args.draws)
     checkpoint = args.checkpoint or newest_checkpoint(held.clips)
@@ -1642,13 +1651,13 @@ def tables(args):
         print("no checkpoint of this data under runs/, and none given: the table is without that row", file=sys.stderr)
     size = 1 if args.release_sizes else SMALL
     job = {"data": str(folder), "out": out, "clips": args.clips, "seed": args.seed, "draws": args.draws,
-           "steps": args.steps,
-           "sync_steps": args.sync_steps, "size": size, "checkpoint": checkpoint and str(checkpoint)}
+           "steps": args.steps, "sync_steps": args.sync_steps, "size": size,
+           "checkpoint": checkpoint and str(checkpoint)}
     print(f"SyncNet, then {len(names)} rows, {args.jobs} at a time, into {out}", file=sys.stderr)
     _, facts = train_syncnet(held, out, args.sync_steps)
     rows = run_rows(names, job, args.jobs)
     facts |= {"data": held.clips.folder.name, "folder": str(held.clips.folder.resolve()), "windows": len(held.x),
-              "frames": held.T, "train_clips": len(held.clips.split("train")),
+              "frames": held.T, "split": held.split, "train_clips": len(held.clips.split("train")),
               "seed": args.seed, "steps": args.steps, "batch": held.config.batch_size, "lead": held.lead,
               "draws": args.draws, "size": size,
               "truth_spread": truth_spread(held), "strangers": held.strangers, "speakers": sorted(set(held.speakers)),

@@ -1385,7 +1385,7 @@ def facts(out, meta, clips, entries):
         x = np.array(landmarks[clip["start"]:clip["start"] + clip["frames"]]).reshape(-1, 68, 2)
         sound = audio[clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]].astype(np.float32) / 32768
         moved |= (x != x[0]).reshape(-1, 136).any(0)
-        dull += mel[clip["start"]:clip["start"] + clip["frames"], -1].max() < -27    # its floor is -30, a hiss is at -19
+        dull += mel[clip["start"]:clip["start"] + clip["frames"], -1].max() < -27    # floor -30, hiss -19
         width = np.median(interocular(x))
         if clip["split"] == "train":
             eyes = x[:, 36:42].mean(1) - x[:, 42:48].mean(1)     # their centres, not the outer corners
