@@ -1312,6 +1312,23 @@ def figure(path, width, height, draw, rows=1, columns=1):
     plt.close(canvas)
 
 
+def plot_losses(out, figures):
+    """loss.png of a run: train and validation NLL over the steps, and the lines they must be seen against."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]  # step 1 sets no scale
+
+    def draw(axes):
+        ax = axes[0, 0]
+        for split, colour in (("train", BLUE), ("val", ORANGE)):
+            ax.plot([e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour)
+        for name, style in (("var2", ":"), ("var3", "--"), ("optimum", "-")):
+            if name in figures:
+                ax.axhline(figures[name], color=INK, ls=style, lw=1, label=name.replace("var", "VAR "))
+        ax.set(xlabel="step", ylabel="NLL, nats per coordinate per frame")
+        ax.legend(frameon=False)
+
+    figure(out / "loss.png", 7, 4, draw)
+
+
 def draw_fan(axes, row, truth, fps, label):
     """Does the mouth follow the sound, and does the model know how surely? 20 samples' openings, their 5-95 % band, the
     truth."""
@@ -1626,7 +1643,7 @@ def rating_results(args):
 
 def newest_checkpoint(clips):
     """checkpoint.pt of the newest run under runs/ that was trained on these clips, or None."""
-    for path in sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in talkingflow.newest("checkpoint.pt"):
         with contextlib.suppress(UserError):  # a damaged run is no reason to stop
             if talkingflow.read_checkpoint(path)["data"]["fingerprint"] == clips.meta["fingerprint"]:
                 return path

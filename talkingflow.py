@@ -1050,39 +1050,18 @@ class Trainer:
         return signalled
 
 
-def plot_losses(out, figures):
-    """loss.png: train and validation NLL over the steps, and the lines they must be seen against."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    for split, colour in (("train", "#0072B2"), ("val", "#D55E00")):
-        axes.plot([e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour)
-    for name, style in (("var2", ":"), ("var3", "--"), ("optimum", "-")):
-        if name in figures:
-            axes.axhline(figures[name], color="#555555", linestyle=style, lw=1, label=name.replace("var", "VAR "))
-    axes.set(xlabel="step", ylabel="NLL, nats per coordinate per frame")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    write_atomically(out / "loss.png", lambda path: figure.savefig(path, format="png"))
-    plt.close(figure)
-
-
-def newest_run():
-    """The run folder under runs/ that was saved last."""
-    found = sorted(Path("runs").glob("*/resume.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("runs/: no resume.pt vs a run to go on with. Run: python talkingflow.py train")
-    return found[-1].parent
+def newest(name):
+    """The files of this name in the run folders under runs/, the newest first."""
+    return sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def train(args):
     """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
     if args.resume:
-        out = Path(args.out) if args.out else newest_run()
+        found = [Path(args.out, "resume.pt")] if args.out else newest("resume.pt")
+        if not found:
+            raise UserError("runs/: no resume.pt vs a run to go on with. Run: python talkingflow.py train")
+        out = found[0].parent
         state = read_checkpoint(out / "resume.pt")
         clips = Clips(args.data or state["data"]["folder"])
         config = Config(**state["config"])
@@ -1122,7 +1101,7 @@ def train(args):
         figures = evaluate.measure(flow, clips)
         write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
         print(evaluate.report(figures))
-        plot_losses(out, figures)
+        evaluate.plot_losses(out, figures)
         print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
     if trainer.world > 1:
         torch.distributed.destroy_process_group()
@@ -1276,6 +1255,14 @@ def held_out(data, name):
     return clip, clips.landmarks[rows], clips.mel[rows], np.array(sound), clips.meta["sample_rate"]
 
 
+PRETRAINED = Path(__file__).parent / "pretrained" / "grid-s1.pt"  # one man's voice and face: see the card beside it
+
+
+def find_checkpoint(args):
+    """--checkpoint, or that of the newest run, or the one that comes with this project."""
+    return Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
+
+
 def sample(args):
     """`python talkingflow.py sample`: landmarks for a sound, written in the format of --out's suffix."""
     checkpoint = find_checkpoint(args)
@@ -1313,15 +1300,6 @@ def sample(args):
     return 0
 
 
-PRETRAINED = Path(__file__).parent / "pretrained" / "grid-s1.pt"  # one man's voice and face: see the card beside it
-
-
-def find_checkpoint(args):
-    """--checkpoint, or that of the newest run, or the one that comes with this project."""
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    return Path(args.checkpoint) if args.checkpoint else runs[-1] if runs else PRETRAINED
-
-
 def free_name(path):
     """path, or path with the first free number."""
     names = [path] + [path.with_stem(f"{path.stem}-{i}") for i in range(2, 10000)]
@@ -1349,18 +1327,18 @@ def stream(args):
     return 0
 
 
-def mouth_opening(landmarks):
-    """Inner-lip gap over inner-lip width of iBUG landmarks (..., 68, 2) -> (...): our reading of mouth open rate."""
-    gap = np.linalg.norm(landmarks[..., [61, 62, 63], :] - landmarks[..., [67, 66, 65], :], axis=-1).mean(-1)
-    return gap / np.maximum(np.linalg.norm(landmarks[..., 60, :] - landmarks[..., 64, :], axis=-1), 1e-6)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What sample writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info)
 
 # the lines of a face in the 68-point iBUG layout: (first, last, closed)
 CURVES = [(0, 16, 0), (17, 21, 0), (22, 26, 0), (27, 30, 0), (31, 35, 0)]  # jaw, brows, nose
 CURVES += [(36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]  # eyes, outer and inner lip
+
+
+def mouth_opening(landmarks):
+    """Inner-lip gap over inner-lip width of iBUG landmarks (..., 68, 2) -> (...): our reading of mouth open rate."""
+    gap = np.linalg.norm(landmarks[..., [61, 62, 63], :] - landmarks[..., [67, 66, 65], :], axis=-1).mean(-1)
+    return gap / np.maximum(np.linalg.norm(landmarks[..., 60, :] - landmarks[..., 64, :], axis=-1), 1e-6)
 
 
 def write_npz(path, x, truth, sound, rate, info):
