@@ -480,9 +480,9 @@ class FlowStep(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # The prior of the latents. `iid` is Eq. 11. `ar2` is Eq. 6 at its word: z_t given z_<t and c.
 # Couplings, ActNorms and 1x1 convolutions multiply to a matrix polynomial in the lag whose determinant is constant, so
-# with an iid prior the (linearised) model spreads its log-volume evenly over all frequencies and smooth motion is out
-# of reach: the head trembles. A second-order autoregression per latent coordinate is the smallest cure, and the
-# likelihood stays exact.
+# with an iid prior the (linearised) model spreads its log-volume evenly over all frequencies: smooth motion here must
+# be paid for elsewhere, training does not find how, and the head trembles. A second-order autoregression per latent
+# coordinate is the smallest cure, and the likelihood stays exact.
 
 
 class Prior(nn.Module):
