@@ -30,6 +30,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -211,16 +212,18 @@ def auc(low, high):
     return float((low < high).mean() + 0.5 * (low == high).mean())
 
 
-def summary(values, statistic=None, draws=1000, seed=0):
-    """Mean over clips, standard deviation over clips, and the 95 % interval of the mean when clips are drawn with
-    replacement.
+def summary(values, statistic=None, draws=1000, seed=0, clips=None):
+    """Mean over windows, standard deviation over windows, and the 95 % interval of the mean when clips are drawn with
+    replacement: windows of one clip, named in `clips` (N,), go together.
 
     values (N,), or (N, q) with a statistic of their mean (q,), such as a ratio of two sums -> {"mean", "sd", "low",
     "high"}."""
     values = np.asarray(values, np.float64)
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)),
-                                                     draws) / len(values)
-    means = counts @ values
+    alone = clips is None or len(set(clips)) == 1  # of one clip only its windows can be drawn
+    clip = np.arange(len(values)) if alone else np.unique(clips, return_inverse=True)[1]
+    G = clip.max() + 1
+    counts = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), draws)[:, clip]
+    means = counts / counts.sum(1, keepdims=True) @ values
     if statistic is None:
         mean, each = values.mean(), values
     else:
@@ -352,6 +355,9 @@ class Held:
         self.columns = {}
         self.x = clips.batch(self.windows, self.T, 0, self.noise, torch.Generator().manual_seed(seed))[0].numpy()
         self.speakers = [clip["speaker"] for clip, _ in self.windows]
+        self.names, N = [clip["name"] for clip, _ in self.windows], len(self.windows)
+        self.other = [next((j % N for j in range(i - 1, i - N, -1) if self.names[j] != name), i - 1)
+                      for i, name in enumerate(self.names)]  # for each window, one of another clip
         self.strangers = not set(self.speakers) & {clip["speaker"] for clip in clips.split("train")}
         self.device = talkingflow.choose_device("auto")
 
@@ -485,7 +491,7 @@ def shifted(frames):
 def wrong_clip_row(held, job):
     """A perfect face that speaks another clip's sound. Where clips share a sentence frame, as GRID's do, it is not at
     chance."""
-    return {"": Outcome(np.roll(held.x, 1, 0)[None])}
+    return {"": Outcome(held.x[held.other][None])}
 
 
 def constant_row(over):
@@ -541,8 +547,8 @@ def var_row(order):
         model, s = VectorAutoregression(x, order, feature(c)), feature(held.sound(held.lead))
         trained, generator = time.perf_counter(), torch.Generator().manual_seed(held.seed)
         draws = np.stack([model.sample(s, generator) for _ in range(held.draws)])
-        return {"": Outcome(draws, model.sample(s, generator, 0.0), model.nll(truth, s), model.nll(truth, s.roll(1, 0)),
-                            trained - clock, time.perf_counter() - trained,
+        return {"": Outcome(draws, model.sample(s, generator, 0.0), model.nll(truth, s),
+                            model.nll(truth, s[held.other]), trained - clock, time.perf_counter() - trained,
                             sum(A.numel() + chol.tril().count_nonzero().item() for A, chol in model.models))}
 
     return row
@@ -557,7 +563,7 @@ def exact_row(held, job):
     mean = talker.mean_given_sound(sound).astype(np.float32)
     rng = np.random.default_rng(held.seed)
     draws = np.stack([talker.draw(sound, rng) for _ in range(held.draws)]).astype(np.float32)
-    sampler = Outcome(draws, mean, talker.nll(held.x, sound), talker.nll(held.x, np.roll(sound, 1, 0)))
+    sampler = Outcome(draws, mean, talker.nll(held.x, sound), talker.nll(held.x, sound[held.other]))
     return {"": sampler, ", its mean": Outcome(mean[None])}
 
 
@@ -631,9 +637,13 @@ def checkpoint_row(held, job):
     """The trained run that was asked for, or the newest one: more steps than the rows above, so not a part of the
     ablation."""
     flow, state = talkingflow.load_checkpoint(job["checkpoint"], held.device)
-    if state["data"]["mel"] != held.clips.meta["mel"] or flow.config.dim != held.clips.dim:
-        raise UserError(f"{job['checkpoint']}: mel {state['data']['mel']} vs {held.clips.meta['mel']} in "
-                        f"{held.clips.folder}. Evaluate it on data prepared as its own, or pass another --checkpoint")
+    wanted = {key: held.clips.meta[key] for key in ("mel", "fps", "normalisation")}
+    found = {key: state["data"][key] for key in wanted}
+    if found != wanted or flow.config.dim != held.clips.dim:
+        raise UserError(f"{job['checkpoint']}: {found} vs {wanted} in {held.clips.folder}. "
+                        "Evaluate it on data prepared as its own, or pass another --checkpoint")
+    if state["data"]["fingerprint"] != held.clips.meta["fingerprint"]:
+        print(f"{job['checkpoint']} was trained on another folder: if it saw any of these clips, its row is too good")
     return score_flow(flow, held, None, with_central=True)
 
 
@@ -662,7 +672,7 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
     residual = (torch.cat(zs, 2) - flow.prior_mean(sound.to(device))).cpu()
     stds = [residual[..., part].std().item() for part in torch.arange(flow.config.dim).split(flow.sizes)]
     lambdas = [part.mean().item() for part in flow.prior.variance.cpu().split(flow.sizes)]
-    whole = Outcome(draws, central, nll(sound), nll(sound.roll(1, 0)), seconds, spent,
+    whole = Outcome(draws, central, nll(sound), nll(sound[held.other]), seconds, spent,
                     sum(p.numel() for p in flow.parameters()),
                     {"std": stds, "lambda": lambdas})
     return {"": whole} | ({", temperature 0": Outcome(central[None])} if with_central else {})
@@ -1052,41 +1062,41 @@ ROWS = {  # name: (group, label, function(held, job) -> {suffix of the label: Ou
 
 def score(outcome, held, net):
     """All columns of one row: {column: summary} and what the figures and the rating page need."""
-    x, fps, N = held.x, held.fps, len(held.x)
+    x, fps, N, over = held.x, held.fps, len(held.x), functools.partial(summary, clips=held.names)
     io, first, many = interocular(x), outcome.draws[0], len(outcome.draws) >= 16
     unit, mouths = io[:, None, None], mouth_opening(points(outcome.draws))
     columns, mouth = {}, mouth_opening(points(x))
     if outcome.nll is not None:
-        columns |= {"nll": summary(outcome.nll), "gain": summary((outcome.nll_wrong - outcome.nll) * x.shape[2])}
+        columns |= {"nll": over(outcome.nll), "gain": over((outcome.nll_wrong - outcome.nll) * x.shape[2])}
         if "modes" in held.clips.meta:
-            columns["gap"] = summary(outcome.nll - optimum(held))
+            columns["gap"] = over(outcome.nll - optimum(held))
     tracks = {"": first} | ({"_mean": outcome.draws.mean(0)} if many else {})
     tracks |= {"_central": outcome.central} if outcome.central is not None else {}
     for name, track in tracks.items():
         if net is not None:
-            columns["sync" + name] = summary(sync_score(net, track, held.sync_sound()))
-        columns["l_mor" + name] = summary(l_mor(track, x))
-        columns["mouth_r" + name] = summary(mouth_correlation(track, x))
-        columns["lips" + name] = summary(landmark_distance(track, x, LIPS))
-    columns["face"] = summary(landmark_distance(first, x))
-    columns["lips_velocity"] = summary(velocity_distance(first, x, fps, LIPS))
-    columns["face_velocity"] = summary(velocity_distance(first, x, fps))
-    columns["energy"] = summary(energy_score(outcome.draws, x) / io / 68**0.5)
+            columns["sync" + name] = over(sync_score(net, track, held.sync_sound()))
+        columns["l_mor" + name] = over(l_mor(track, x))
+        columns["mouth_r" + name] = over(mouth_correlation(track, x))
+        columns["lips" + name] = over(landmark_distance(track, x, LIPS))
+    columns["face"] = over(landmark_distance(first, x))
+    columns["lips_velocity"] = over(velocity_distance(first, x, fps, LIPS))
+    columns["face_velocity"] = over(velocity_distance(first, x, fps))
+    columns["energy"] = over(energy_score(outcome.draws, x) / io / 68**0.5)
     if many:
         spread = pairwise_distance(outcome.draws) / io / 68**0.5
         lips = points(outcome.draws)[..., LIPS, :]
         lips = (lips - lips.mean(-2, keepdims=True)).reshape(*outcome.draws.shape[:3], 40)
-        columns |= {"coverage50": summary(coverage(mouths, mouth, 0.5)), "coverage90": summary(coverage(mouths, mouth,
+        columns |= {"coverage50": over(coverage(mouths, mouth, 0.5)), "coverage90": over(coverage(mouths, mouth,
             0.9)),
-                    "spread": summary(spread), "spread_lips": summary(pairwise_distance(lips) / io / 20**0.5),
-                    "best": summary(best_of(np.stack([landmark_distance(v, x, LIPS) for v in outcome.draws])))}
+                    "spread": over(spread), "spread_lips": over(pairwise_distance(lips) / io / 20**0.5),
+                    "best": over(best_of(np.stack([landmark_distance(v, x, LIPS) for v in outcome.draws])))}
     both = np.concatenate([moments(motion_features(v, x)) for v in (first, x)], 1)
-    columns["frechet"] = summary(both, frechet_of_moments, draws=200)
+    columns["frechet"] = over(both, frechet_of_moments, draws=200)
     head, true_head = points(first).mean(2), points(x).mean(2)
-    columns["jitter_head"] = summary(np.stack([roughness(head), roughness(true_head)], 1), ratio)
-    columns["jitter_mouth"] = summary(np.stack([roughness(mouths[0]), roughness(mouth)], 1), ratio)
-    columns["velocity"] = summary(velocity_products(head), ratio)
-    columns["blinks"] = summary(blink_rate(first, fps))
+    columns["jitter_head"] = over(np.stack([roughness(head), roughness(true_head)], 1), ratio)
+    columns["jitter_mouth"] = over(np.stack([roughness(mouths[0]), roughness(mouth)], 1), ratio)
+    columns["velocity"] = over(velocity_products(head), ratio)
+    columns["blinks"] = over(blink_rate(first, fps))
     row = {"columns": columns, "train_seconds": outcome.train_seconds, "parameters": outcome.parameters,
            "latents": outcome.latents,
            "sample_seconds": outcome.sample_seconds and outcome.sample_seconds

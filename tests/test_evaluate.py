@@ -167,6 +167,8 @@ def test_the_bootstrap_interval_of_a_gaussian_mean_is_that_of_the_textbook_and_t
     assert s == evaluate.summary(values) and abs(s["sd"] - values.std()) < 1e-12
     sums = np.stack([values + 5, np.ones(400)], 1)
     assert abs(evaluate.summary(sums, evaluate.ratio)["high"] - s["high"] - 5) < 1e-9  # a ratio of sums
+    twice = evaluate.summary(np.repeat(values, 2), clips=np.repeat(np.arange(len(values)), 2))
+    assert np.allclose([twice[k] for k in ("mean", "low", "high")], [s[k] for k in ("mean", "low", "high")])  # no news
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,6 +270,7 @@ def test_anchor_rows_are_what_they_say(held):
     late = evaluate.shifted(3)(held, {})[""].draws[0]
     assert np.array_equal(late[:, 3:], held.x[:, :-3]) and np.array_equal(late[:, 2], held.x[:, 0])
     assert np.array_equal(evaluate.wrong_clip_row(held, {})[""].draws[0][1], held.x[0])
+    assert all(held.names[i] != name for i, name in zip(held.other, held.names, strict=True))
     still, timed = (evaluate.constant_row(over)(held, {})[""].draws[0] for over in ((0, 1), 0))
     assert np.ptp(still, axis=1).max() == 0 and np.ptp(timed, axis=0).max() == 0 and np.ptp(timed, axis=1).max() > 0
     noisy = evaluate.noise_row(held, {})[""]
