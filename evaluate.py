@@ -28,6 +28,7 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -61,6 +62,12 @@ LIPS, EYES = slice(48, 68), (36, 45)
 def points(track):
     """(..., 136) -> (..., 68, 2)."""
     return track.reshape(*track.shape[:-1], 68, 2)
+
+
+def centred_lips(track):
+    """The lip points minus their centroid: (..., 136) -> (..., 40). The head's motion is gone, the opening stays."""
+    lips = points(track)[..., LIPS, :]
+    return (lips - lips.mean(-2, keepdims=True)).reshape(*track.shape[:-1], 40)
 
 
 def interocular(track):
@@ -191,9 +198,11 @@ def blink_rate(track, fps):
     """Blinks a minute (N,): how often the eye aspect ratio [8] of both eyes falls below 80 % of its median over the
     clip."""
     p = points(track)
-    height = sum(np.linalg.norm(p[..., a, :] - p[..., b, :], axis=-1) for a,
-                 b in ((37, 41), (38, 40), (43, 47), (44, 46)))
-    width = sum(np.linalg.norm(p[..., a, :] - p[..., b, :], axis=-1) for a, b in ((36, 39), (42, 45)))
+
+    def apart(*pairs):
+        return sum(np.linalg.norm(p[..., a, :] - p[..., b, :], axis=-1) for a, b in pairs)
+
+    height, width = apart((37, 41), (38, 40), (43, 47), (44, 46)), apart((36, 39), (42, 45))
     aspect = height / (2 * np.maximum(width, 1e-6))  # (N, T)
     closed = aspect < 0.8 * np.median(aspect, -1, keepdims=True)
     return (closed[..., 1:] & ~closed[..., :-1]).sum(-1) * 60 * fps / aspect.shape[-1]
@@ -286,8 +295,8 @@ class SyncNet(nn.Module):
             same = (far >= 0) & (far < T - 4) & (draw(0, 2) == 1)
             other, other_t = torch.where(same, clip, (clip + draw(1, N)) % N), torch.where(same, far, draw(0, T - 4))
             v = self.embed_lips(take(lips, clip, t, 5))
-            near, wrong = ((v - self.embed_sound(take(mel, i, 4 * first, 20))).norm(dim=-1) for i,
-                           first in ((clip, t), (other, other_t)))
+            near = (v - self.embed_sound(take(mel, clip, 4 * t, 20))).norm(dim=-1)
+            wrong = (v - self.embed_sound(take(mel, other, 4 * other_t, 20))).norm(dim=-1)
             loss = (near**2).mean() + ((1 - wrong).clamp_min(0) ** 2).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -311,9 +320,8 @@ class SyncNet(nn.Module):
 
 def lip_shapes(track):
     """What SyncNet sees of tracks (N, T, 136) -> float32 tensor (N, T, 40)."""
-    lips = points(track)[..., LIPS, :]
-    lips = (lips - lips.mean(-2, keepdims=True)) / np.maximum(interocular(track), 1e-6)[:, None, None, None]
-    return torch.from_numpy(lips.reshape(*lips.shape[:2], 40).astype(np.float32))
+    lips = centred_lips(track) / np.maximum(interocular(track), 1e-6)[:, None, None]
+    return torch.from_numpy(lips.astype(np.float32))
 
 
 def sync_score(net, track, mel):
@@ -524,8 +532,8 @@ def loudness_row(held, job):
 
 def noise_row(held, job):
     """The truth plus white noise of 1 % of the interocular distance: all that a shaking tracker adds."""
-    noise = np.random.default_rng(held.seed).normal(size=(held.draws, *held.x.shape)) * interocular(held.x)[:, None,
-        None] * 0.01
+    noise = np.random.default_rng(held.seed).normal(size=(held.draws, *held.x.shape))
+    noise *= 0.01 * interocular(held.x)[:, None, None]
     return {"": Outcome((held.x + noise).astype(np.float32), held.x)}
 
 
@@ -586,16 +594,11 @@ FLOWS = {  # name: (label, changes). One scale has one lambda, and as many steps
 }
 
 
-class Silence:
-    """Clips whose sound is zero, for the row without audio."""
-
-    def __init__(self, clips):
-        self.__dict__.update(clips.__dict__)
-        self.mel = np.zeros_like(clips.mel)
-
-    window_length, windows, draw, batch, split = (
-        getattr(talkingflow.Clips, name) for name in ("window_length", "windows", "draw", "batch", "split")
-    )
+def silenced(clips):
+    """The same clips with a sound of zeros, for the row without audio."""
+    clips = copy.copy(clips)
+    clips.mel = np.broadcast_to(np.float32(0), clips.mel.shape)
+    return clips
 
 
 def learn_lambdas(trainer):
@@ -611,7 +614,7 @@ def learn_lambdas(trainer):
 def flow_row(name):
     """A TalkingFlow trained with the changes FLOWS[name], sampled at temperature 1 and 0."""
     def row(held, job):
-        out, clips = job["out"] / "rows" / name, Silence(held.clips) if name == "no-audio" else held.clips
+        out, clips = job["out"] / "rows" / name, silenced(held.clips) if name == "no-audio" else held.clips
         config = dataclasses.replace(held.config, **FLOWS[name][1], steps=job["steps"],
                                      eval_interval=max(1, job["steps"] // 4))
         done = {"config": repr(config), "data": clips.meta["fingerprint"]}
@@ -673,8 +676,7 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
     stds = [residual[..., part].std().item() for part in torch.arange(flow.config.dim).split(flow.sizes)]
     lambdas = [part.mean().item() for part in flow.prior.variance.cpu().split(flow.sizes)]
     whole = Outcome(draws, central, nll(sound), nll(sound[held.other]), seconds, spent,
-                    sum(p.numel() for p in flow.parameters()),
-                    {"std": stds, "lambda": lambdas})
+                    sum(p.numel() for p in flow.parameters()), {"std": stds, "lambda": lambdas})
     return {"": whole} | ({", temperature 0": Outcome(central[None])} if with_central else {})
 
 
@@ -686,8 +688,8 @@ SMALL = 8  # the releases' widths over this on a CPU, their LSTMs' over 2; 1 wit
 
 DEVIATIONS = {name: " ".join(text.split()) for name, text in {
     "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the same
-        look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8 validations, half as
-        many steps as the flows, instead of days at the release's rate; widths are the release's over {size} (LSTMs
+        look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8 validations, as many
+        steps as the flows, instead of days at the release's rate; widths are the release's over {size} (LSTMs
         over 2 where that is not 1). Test-time edits of the releases (mouth amplification, smoothing) are left out""",
     "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no identity
         removal; no delayed target; what each layer reads is standardised, and the last one starts at the mean face""",
@@ -799,14 +801,15 @@ class PCA(nn.Module):
 
 
 def convolutions(*layers):
-    """("pool", size, stride) or (in, out) of a 3x3 convolution with batch norm and ReLU."""
+    """("pool", size, stride) or (in, out) of a 3x3 convolution with batch norm and ReLU; channels last: a fifth
+    faster."""
     parts = []
     for layer in layers:
         if layer[0] == "pool":
             parts.append(nn.MaxPool2d(*layer[1:]))
         else:
             parts += [nn.Conv2d(*layer, 3, padding=1, bias=False), nn.BatchNorm2d(layer[1]), nn.ReLU()]
-    return nn.Sequential(*parts, nn.Flatten())
+    return nn.Sequential(*parts, nn.Flatten()).to(memory_format=torch.channels_last)
 
 
 def perceptron(*sizes):
@@ -831,7 +834,7 @@ class Chen(nn.Module):
     """[4] ATNet: MFCC patches (28, 12) -> convolutions -> 256; an example face's PCA code -> 512; three LSTMs -> PCA
     codes."""
 
-    T, count, example_is_truth = 17, 16, True  # the frame before the clip and 16 frames
+    T, count, EMOTION = 17, 16, 0  # the frame before the clip and 16 frames; numbers of an emotion code
 
     def __init__(self, held, x, c, size, components=20):
         super().__init__()
@@ -844,11 +847,8 @@ class Chen(nn.Module):
             perceptron(192 * w, 32 * w, 256))
         self.example = perceptron(components, 256, 512)
         H = 256 // min(size, 2)
-        self.lstm = three_lstms(768 + self.emotion_size(w), H)
+        self.lstm = three_lstms(768 + self.EMOTION, H)
         self.out = nn.Linear(H, components)
-
-    def emotion_size(self, w):
-        return 0
 
     def patches(self, fine):
         """(B, 4 (T + 6 + lead), 40) -> MFCC of the 28 columns up to the end of frame t + lead: (B T, 1, 28, 12)."""
@@ -875,12 +875,15 @@ class Ji(Chen):
     """[5] EVP's audio-to-landmark network: ATNet's sound encoder beside an emotion encoder of the same patches (12, 28)
     -> 128; it predicts the difference from the mean face, and its loss counts landmarks ten times beside the codes."""
 
-    def emotion_size(self, w):
+    EMOTION = 128
+
+    def __init__(self, held, x, c, size):
+        super().__init__(held, x, c, size)
+        w = 64 // size
         self.emotion = nn.Sequential(
             convolutions((1, w), ("pool", (1, 3), (1, 2)), (w, 2 * w), (2 * w, 4 * w), ("pool", (12, 1)),
                          (4 * w, 8 * w), ("pool", (1, 2))),
-            perceptron(48 * w, 32 * w, 128))
-        return 128
+            perceptron(48 * w, 32 * w, self.EMOTION))
 
     def features(self, patches):
         return torch.cat([self.sound(patches), self.emotion(patches.transpose(2, 3))], 1)
@@ -985,6 +988,11 @@ SYSTEMS = {"eskimez": ("Eskimez et al. [3]", Eskimez), "chen": ("Chen et al., AT
            "lu": ("Lu et al., Live Speech Portraits [6]", Lu)}
 
 
+def columns_for(net, held, windows, T):
+    """The sound at four columns a frame, for the systems that want MFCC; the others hear c."""
+    return held.fine(windows, T, held.lead).to(held.device) if isinstance(net, Chen) else None
+
+
 def fit(net, held, steps, seed):
     """Adam on random training windows, cosine from 1e-3; the weights that did best of 8 validations are kept."""
     clips, T = held.clips, net.T or held.T
@@ -993,8 +1001,7 @@ def fit(net, held, steps, seed):
 
     def loss(windows, generator):
         x, c = clips.batch(windows, T, held.lead, held.noise, generator)
-        fine = held.fine(windows, T, held.lead).to(held.device) if isinstance(net, Chen) else None  # the others hear c
-        return net.loss(x.to(held.device), c.to(held.device), fine)
+        return net.loss(x.to(held.device), c.to(held.device), columns_for(net, held, windows, T))
 
     best, kept, fixed = math.inf, None, clips.windows("val", T, 32)
     for step in range(1, steps + 1):
@@ -1018,15 +1025,16 @@ def fit(net, held, steps, seed):
 
 
 def system_row(name):
+    """A compared system, trained for as many steps as a flow; Lu et al.'s random head is drawn at sigma 0 too."""
     def row(held, job):
         torch.manual_seed(held.seed)
         x, c, _ = held.training(500)
         net = SYSTEMS[name][1](held, x, c, job["size"]).to(held.device)
         clock = time.perf_counter()
-        fit(net, held, max(1, job["steps"] // 2), held.seed)
+        fit(net, held, job["steps"], held.seed)
         trained, generator = time.perf_counter(), torch.Generator().manual_seed(held.seed)
-        given = torch.from_numpy(held.x), held.sound(held.lead), held.fine(held.windows, held.T, held.lead)
-        given = [v.to(held.device) for v in given]
+        given = [torch.from_numpy(held.x).to(held.device), held.sound(held.lead).to(held.device),
+                 columns_for(net, held, held.windows, held.T)]
         with torch.no_grad():
             draws = net.draw(*given, held.draws, generator).cpu().numpy()
             spent = time.perf_counter() - trained
@@ -1062,7 +1070,7 @@ ROWS = {  # name: (group, label, function(held, job) -> {suffix of the label: Ou
 
 def score(outcome, held, net):
     """All columns of one row: {column: summary} and what the figures and the rating page need."""
-    x, fps, N, over = held.x, held.fps, len(held.x), functools.partial(summary, clips=held.names)
+    x, fps, over = held.x, held.fps, functools.partial(summary, clips=held.names)
     io, first, many = interocular(x), outcome.draws[0], len(outcome.draws) >= 16
     unit, mouths = io[:, None, None], mouth_opening(points(outcome.draws))
     columns, mouth = {}, mouth_opening(points(x))
@@ -1083,13 +1091,11 @@ def score(outcome, held, net):
     columns["face_velocity"] = over(velocity_distance(first, x, fps))
     columns["energy"] = over(energy_score(outcome.draws, x) / io / 68**0.5)
     if many:
-        spread = pairwise_distance(outcome.draws) / io / 68**0.5
-        lips = points(outcome.draws)[..., LIPS, :]
-        lips = (lips - lips.mean(-2, keepdims=True)).reshape(*outcome.draws.shape[:3], 40)
-        columns |= {"coverage50": over(coverage(mouths, mouth, 0.5)), "coverage90": over(coverage(mouths, mouth,
-            0.9)),
-                    "spread": over(spread), "spread_lips": over(pairwise_distance(lips) / io / 20**0.5),
-                    "best": over(best_of(np.stack([landmark_distance(v, x, LIPS) for v in outcome.draws])))}
+        columns["coverage50"] = over(coverage(mouths, mouth, 0.5))
+        columns["coverage90"] = over(coverage(mouths, mouth, 0.9))
+        columns["spread"] = over(pairwise_distance(outcome.draws) / io / 68**0.5)
+        columns["spread_lips"] = over(pairwise_distance(centred_lips(outcome.draws)) / io / 20**0.5)
+        columns["best"] = over(best_of(np.stack([landmark_distance(v, x, LIPS) for v in outcome.draws])))
     both = np.concatenate([moments(motion_features(v, x)) for v in (first, x)], 1)
     columns["frechet"] = over(both, frechet_of_moments, draws=200)
     head, true_head = points(first).mean(2), points(x).mean(2)
@@ -1098,11 +1104,9 @@ def score(outcome, held, net):
     columns["velocity"] = over(velocity_products(head), ratio)
     columns["blinks"] = over(blink_rate(first, fps))
     row = {"columns": columns, "train_seconds": outcome.train_seconds, "parameters": outcome.parameters,
-           "latents": outcome.latents,
-           "sample_seconds": outcome.sample_seconds and outcome.sample_seconds
-           * fps / (len(outcome.draws) * N * held.T),
-           "spectrum": power_spectrum(head / unit).tolist(), "mouths": mouths[:20, :8].round(4).tolist(),
-           "draws": len(outcome.draws)}
+           "latents": outcome.latents, "draws": len(outcome.draws),
+           "sample_seconds": outcome.sample_seconds and outcome.sample_seconds * fps / mouths.size,
+           "spectrum": power_spectrum(head / unit).tolist(), "mouths": mouths[:20, :8].round(4).tolist()}
     if held.strangers:
         groups = [[i for i, name in enumerate(held.speakers) if name == speaker]
                   for speaker in sorted(set(held.speakers))]
@@ -1126,9 +1130,8 @@ def truth_spread(held):
     columns."""
     io = interocular(held.x).mean()
     tracks = np.stack([np.roll(held.x, i, 0) for i in range(min(8, len(held.x)))])
-    lips = points(tracks)[..., LIPS, :]
-    lips = (lips - lips.mean(-2, keepdims=True)).reshape(*tracks.shape[:3], 40)
-    return float(pairwise_distance(tracks).mean() / io / 68**0.5), float(pairwise_distance(lips).mean() / io / 20**0.5)
+    lips = pairwise_distance(centred_lips(tracks)).mean() / io / 20**0.5
+    return float(pairwise_distance(tracks).mean() / io / 68**0.5), float(lips)
 
 
 def train_syncnet(held, out, steps):
@@ -1136,15 +1139,14 @@ def train_syncnet(held, out, steps):
     score."""
     torch.manual_seed(held.seed)
     path, net, key = out / "syncnet.pt", SyncNet(), [held.clips.meta["fingerprint"], held.seed, steps, held.T]
-    if path.is_file():
-        state = torch.load(path, weights_only=True)
-        if state["key"] == key:
-            net.load_state_dict(state["model"])
-            return net.eval(), net.check(lip_shapes(held.x), held.sync_sound())
-    x, _, windows = held.training(600)
-    net.fit(lip_shapes(x.numpy()), held.fine(windows, held.T)[:, 24:], steps, held.seed)
-    talkingflow.write_atomically(path, lambda p: torch.save({"key": key, "model": net.state_dict()}, p))
-    return net, net.check(lip_shapes(held.x), held.sync_sound())
+    state = torch.load(path, weights_only=True) if path.is_file() else {}
+    if state.get("key") == key:
+        net.load_state_dict(state["model"])
+    else:
+        x, _, windows = held.training(600)
+        net.fit(lip_shapes(x.numpy()), held.fine(windows, held.T)[:, 24:], steps, held.seed)
+        talkingflow.write_atomically(path, lambda p: torch.save({"key": key, "model": net.state_dict()}, p))
+    return net.eval(), net.check(lip_shapes(held.x), held.sync_sound())
 
 
 def run_row(name, job):
@@ -1152,8 +1154,8 @@ def run_row(name, job):
     torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
     path = job["out"] / "rows" / f"{name}.json"
     held = Held(talkingflow.Clips(job["data"]), job["clips"], job["seed"], job["draws"])
-    key = {k: str(job[k]) for k in ("steps", "clips", "seed", "draws", "size",
-                                    "sync_steps")} | {"data": held.clips.meta["fingerprint"]}
+    key = {k: str(job[k]) for k in ("steps", "clips", "seed", "draws", "size", "sync_steps")}
+    key["data"] = held.clips.meta["fingerprint"]
     if name == "checkpoint":
         key["checkpoint"] = hashlib.sha256(Path(job["checkpoint"]).read_bytes()).hexdigest()
     if path.is_file():
@@ -1173,8 +1175,8 @@ def run_row(name, job):
         rows[ROWS[name][1] + suffix] = score(outcome, held, net if facts["auc"] >= 0.9 else None)
         if not suffix:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path.with_suffix(".npy"),
-                    outcome.draws[:3, :8].astype(np.float32))  # for the figures and the rating page
+            shown = outcome.draws[:3, :8].astype(np.float32)  # by the figures and the rating page
+            np.save(path.with_suffix(".npy"), shown)
     talkingflow.write_atomically(path, lambda p: p.write_text(json.dumps({"key": key, "rows": rows})))
     print(f"{name}: {time.perf_counter() - clock:.0f} s", file=sys.stderr, flush=True)
     return rows
@@ -1193,9 +1195,8 @@ def run_rows(names, job, jobs):
             except BaseException:  # Ctrl-C or a row that cannot be: the rows that wait are not started
                 pool.shutdown(cancel_futures=True)
                 raise
-    return {label: row | {"group": ROWS[name][0], "name": name} for name, rows in zip(names, found, strict=True)
-            for label,
-            row in rows.items()}
+    return {label: row | {"group": ROWS[name][0], "name": name}
+            for name, rows in zip(names, found, strict=True) for label, row in rows.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1204,8 +1205,8 @@ def run_rows(names, job, jobs):
 TABLES = [  # title, [(heading, column, digits, what follows the mean: "sd", "interval" or "")]
     ("The paper's columns, one draw: mean ± standard deviation over clips [95 % interval of the mean]",
      [("NLL", "nll", 4, "interval"), ("gap", "gap", 4, ""), ("audio gain", "gain", 2, "interval"),
-      ("SyncNet ↓", "sync", 3, "both"),
-      ("offset", "offset", 0, ""), ("L_MOR ↓", "l_mor", 4, "both"), ("mouth r", "mouth_r", 2, "interval")]),
+      ("SyncNet ↓", "sync", 3, "both"), ("offset", "offset", 0, ""), ("L_MOR ↓", "l_mor", 4, "both"),
+      ("mouth r", "mouth_r", 2, "interval")]),
     ("One draw, the mean of the draws, temperature 0: three different questions",
      [(f"{heading} {kind}", column + suffix, digits, "") for heading, column, digits in
       (("SyncNet", "sync", 3), ("L_MOR", "l_mor", 4), ("mouth r", "mouth_r", 2), ("lips", "lips", 4))
@@ -1244,6 +1245,7 @@ and Chen were trained on GRID, the full model on Obama."""
 
 
 def cell(row, column, digits, follow):
+    """One column of a row as text, a dash where the row has no such figure."""
     if column == "offset":
         return f"{row['offset']:+d}" if "offset" in row else "–"
     if column not in row["columns"]:
@@ -1262,7 +1264,8 @@ def markdown(results):
     lines = [f"""## {f["data"]}: {f["windows"]} windows of {f["frames"]} held-out frames
 
 {f["train_clips"]} training clips, the {f["split"]} split is scored; seed {f["seed"]};
-{f["steps"]} steps of {f["batch"]} a flow; look-ahead {f["lead"]} frames; {f["draws"]} draws a sound.
+{f["steps"]} steps a trained row, {f["batch"]} clips a step of a flow; look-ahead {f["lead"]} frames;
+{f["draws"]} draws a sound.
 NLL in nats per coordinate per frame; audio gain in nats a frame lost with another clip's sound; SyncNet: {sync}.
 The truth's own diversity, between clips: face {face:.4f}, lips {lips:.4f}.
 Intervals are over clips, not over training seeds. A regressor's track is its conditional mean, a flow's one draw, which
@@ -1308,6 +1311,7 @@ INK, BLUE, ORANGE, GREEN = "#222222", "#0072B2", "#D55E00", "#009E73"
 
 
 def figure(path, width, height, draw, rows=1, columns=1):
+    """Write draw(axes (rows, columns)) to path as PNG, width x height inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1417,14 +1421,14 @@ def draw_figures(out, rows, held):
     if len(compared) > 1:
         figure(out / "jitter.png", 7, 4, lambda axes: draw_spectrum(axes, compared, held.fps))
         made.append("jitter.png")
-    strips = {by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0] for n in ("truth", *SYSTEMS, "iid", "ar2",
-                                                                                "checkpoint") if n in by_name}
+    strips = {by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0]
+              for n in ("truth", *SYSTEMS, "iid", "ar2", "checkpoint") if n in by_name}
     if strips:
         mouth = mouth_opening(points(held.x[0]))
         middle = int(np.argmax(mouth[4:-4])) + 4  # around the widest mouth, two frames apart
         frames = [t for t in range(middle - 8, middle + 9, 2) if 0 <= t < held.T]
-        figure(out / "strips.png", 10, 0.95 * len(strips) + 0.4, lambda axes: draw_strips(axes, strips, frames,
-            held.fps), rows=len(strips))
+        figure(out / "strips.png", 10, 0.95 * len(strips) + 0.4,
+               lambda axes: draw_strips(axes, strips, frames, held.fps), rows=len(strips))
         made.append("strips.png")
     return made
 
@@ -1543,19 +1547,18 @@ def rating_page(args):
             "checks": [2, 4], "questions": list(QUESTIONS.items()), "labels": SCALE}
     assets, out = Path(__file__).parent / "assets", Path(args.out or folder / "rating.html")
     style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[1]  # one look for all
-    text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__",
-                                                                                    json.dumps(page).replace("</",
-                                                                                        "<\\/"))
+    script = json.dumps(page).replace("</", "<\\/")
+    text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__", script)
     talkingflow.write_atomically(out, lambda p: p.write_text(text))
-    talkingflow.write_atomically(out.with_suffix(".key.json"), lambda p: p.write_text(json.dumps({"set": name,
-        "stimuli": key}, indent=1)))
-    print(f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), {out.stat().st_size / 1e6:.1f} "
-          "MB, for the raters\n"
-          f"{out.with_suffix('.key.json')}: which is which, not for the raters")
+    secret, answers = out.with_suffix(".key.json"), json.dumps({"set": name, "stimuli": key}, indent=1)
+    talkingflow.write_atomically(secret, lambda p: p.write_text(answers))
+    print(f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), "
+          f"{out.stat().st_size / 1e6:.1f} MB, for the raters\n{secret}: which is which, not for the raters")
     return 0
 
 
 def newest_evaluation():
+    """The folder of the evaluation that finished last."""
     found = sorted(Path("runs").glob("evaluation-*/results.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("runs/: no evaluation-*/results.json vs a finished evaluation. Run: python evaluate.py")
@@ -1641,8 +1644,8 @@ def rating_results(args):
             if after:
                 sd = math.sqrt((scores[label].var() + scores[after].var()) / 2)
                 needed = ratings_needed(f["mean"] - found[after]["mean"], sd)
-                more = "cannot be told" if needed == math.inf else str(max(0, needed
-                                                                           - min(f["count"], found[after]["count"])))
+                have = min(f["count"], found[after]["count"])
+                more = "cannot be told" if needed == math.inf else str(max(0, needed - have))
             print(f"| {label} | {f['mean']:.2f} [{f['low']:.2f}, {f['high']:.2f}] | {f['count']} | {more} |")
     return 0
 
@@ -1697,6 +1700,7 @@ def tables(args):
 
 
 def build_parser():
+    """The command line: the tables, or one of the two rating commands."""
     count = talkingflow.bounded
     parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1706,7 +1710,7 @@ def build_parser():
                         help="a run's checkpoint.pt for the last row [of the newest run on this data]")
     parser.add_argument("--out", help="folder of results.json, figures and cached rows [runs/evaluation-DATA]")
     parser.add_argument("--rows", default="all", help=f"some of {','.join(ROWS)} [all]")
-    parser.add_argument("--steps", type=count(int, 1), default=600, help="optimiser steps of each trained row [600]")
+    parser.add_argument("--steps", type=count(int, 1), default=400, help="optimiser steps of each trained row [400]")
     parser.add_argument("--sync-steps", type=count(int, 1), default=1500, help="of the SyncNet [1500]")
     parser.add_argument("--clips", type=count(int, 2), default=64, help="held-out windows at most [64]")
     parser.add_argument("--draws", type=count(int, 19), default=20,
@@ -1741,20 +1745,11 @@ def build_parser():
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except UserError as e:
-        if args.debug:
-            raise
-        print(f"error: {e}.", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
+    """Run a command line -> exit status."""
+    status = talkingflow.run_command(build_parser().parse_args(argv))
+    if status == 130:
         print("stopped; the finished rows are kept, the same command goes on", file=sys.stderr)
-        return 130
+    return status
 
 
 if __name__ == "__main__":

@@ -1531,9 +1531,8 @@ def build_parser():
     return parser
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
-    args.config = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
+def run_command(args):
+    """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
     try:
         return args.run(args)
     except UserError as e:
@@ -1546,6 +1545,13 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv=None):
+    """Run a command line -> exit status."""
+    args = build_parser().parse_args(argv)
+    args.config = {key[7:]: value for key, value in vars(args).items() if key.startswith("config.")}
+    return run_command(args)
 
 
 if __name__ == "__main__":

@@ -349,7 +349,9 @@ def without_seconds(text):
 
 def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_again(talkers, tmp_path, capsys):
     brief = ["--data", talkers, "--steps", 2, "--sync-steps", 200, "--clips", 4, "--jobs", 1]
-    first, _ = tables(capsys, *brief, "--out", tmp_path / "a")
+    first, log = tables(capsys, *brief, "--out", tmp_path / "a")
+    assert len(re.findall(r"step +2/2: val loss", log)) == len(evaluate.SYSTEMS)  # as many steps as a flow
+    assert len(re.findall(r"step +2/2: train nll", log)) == len(evaluate.FLOWS)
     for name, (_, label, _) in evaluate.ROWS.items():
         assert f"| {label} |" in first or name == "checkpoint", name
     assert {p.name for p in (tmp_path / "a").glob("*.png")} == {"fan.png", "latents.png", "jitter.png", "strips.png"}
