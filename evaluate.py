@@ -370,6 +370,7 @@ class Held:
         self.device = talkingflow.choose_device("auto")
 
     def sound(self, lead):
+        """Log-mel (N, T, M) of the windows, heard `lead` frames ahead."""
         return self.clips.batch(self.windows, self.T, lead)[1]
 
     def fine(self, windows, T, lead=0):
@@ -385,6 +386,7 @@ class Held:
         return torch.from_numpy(np.stack(rows))
 
     def sync_sound(self):
+        """Log-mel (N, 4T, 40) of the windows alone, for the SyncNet."""
         return self.fine(self.windows, self.T)[:, 24:]
 
     def training(self, limit, T=None):
@@ -682,7 +684,9 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The four compared systems, from their papers and released code, in our words and on our features. What differs from a
-# release is said in DEVIATIONS, which is printed under the table.
+# release is said in DEVIATIONS, which is printed under the table. A system is made from training clips x (N, T, D), c
+# (N, T, M); of a batch, with `fine` as Held.fine gives it, loss(x, c, fine) is a scalar, draw(x, c, fine, draws,
+# generator) a track (K, N, T, D): one for a regressor.
 
 SMALL = 8  # the releases' widths over this on a CPU, their LSTMs' over 2; 1 with --release-sizes
 

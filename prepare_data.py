@@ -74,6 +74,7 @@ class GrowingArray:
         self.file.seek(0, os.SEEK_END)
 
     def write_header(self):
+        """The .npy header of what the file holds by now."""
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
                   "shape": (self.rows, *self.shape)}
         self.file.seek(0)
@@ -113,6 +114,7 @@ class FolderWriter:
                 "audio_samples": len(parts["audio"]), "sha256": digest.hexdigest()}
 
     def rows(self):
+        """How many rows each array has by now."""
         return {name: array.rows for name, array in self.arrays.items()}
 
     def flush(self):
@@ -1183,6 +1185,7 @@ class Journal:
             self.write(settings)
 
     def compare(self, old, new):
+        """Refuse to go on with a folder that was begun with other settings."""
         for key in new:
             if key != "piece" and old.get(key) != new[key]:
                 raise UserError(f"--out: {self.path.parent} was made with {key} {old.get(key)} vs {new[key]} now. "
@@ -1194,6 +1197,7 @@ class Journal:
 
 
 def worker_start(debug):
+    """Of a process that extracts clips: leave Ctrl-C to the parent, and be quiet."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is the parent's to handle
     if not debug:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)     # the extractors' C++ parts log there whatever one does
@@ -1451,6 +1455,7 @@ def warnings_about(correlation, chance, late, moved, dull, clips):
 
 
 def parser():
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False, epilog="Licences: GRID is "
                                 "CC BY 4.0 (name its authors); " +
                                 "; ".join(f"{name}: {e[-1]}" for name, e in EXTRACTORS.items()))
@@ -1486,10 +1491,12 @@ def parser():
 
 
 def frame_rate(text):
+    """Frames a second: an int where the text is one, so that meta.json says 25, not 25.0."""
     return int(float(text)) if float(text).is_integer() else float(text)
 
 
 def names(text):
+    """The names between the commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -1515,6 +1522,7 @@ def check(args):
 
 
 def main(argv=None):
+    """Run a command line -> exit status."""
     args = parser().parse_args(argv)
     try:
         check(args)

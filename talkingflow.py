@@ -1490,6 +1490,7 @@ def bounded(kind, low, high=math.inf):
 
 
 def build_parser():
+    """The command line: train, sample and stream."""
     parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0])
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream")
