@@ -25,7 +25,7 @@ SMALL = "--hidden 16 --steps_per_scale 1 --seq_len 40 --eval_interval 10".split(
 
 
 def run(folder, *args, main=talkingflow.main):
-    """The command line in this process: what it returns and prints. Processes of their own are kept for where they matter."""
+    """The command line in this process: what it returns and prints. Processes of their own where they matter."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -83,7 +83,8 @@ def test_training_leaves_the_promised_files_and_prints_the_references(trained):
 
 
 def test_importing_builds_and_prints_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import talkingflow"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    command = [sys.executable, "-c", "import talkingflow"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -103,7 +104,8 @@ LITERAL_LOSSES = [-4.684, -4.6835, -4.6878, -4.676, -4.6797, -4.6864, -4.6865, -
 
 def test_resuming_is_bitwise_the_uninterrupted_run(talkers, tmp_path):
     def trainer(state=None):
-        return Trainer(Config(steps=12, hidden=8, steps_per_scale=1, eval_interval=6), Clips(talkers), tmp_path, "cpu", state)
+        config = Config(steps=12, hidden=8, steps_per_scale=1, eval_interval=6)
+        return Trainer(config, Clips(talkers), tmp_path, "cpu", state)
 
     whole = trainer()
     whole.run()
@@ -130,8 +132,10 @@ def test_validating_more_often_does_not_change_the_weights(talkers, tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(talkers, tmp_path, number, status):
-    command = [sys.executable, str(ROOT / "talkingflow.py"), "train", "--data", str(talkers), "--steps", "100000", "--out", "run"]
-    process = subprocess.Popen(command + SMALL, cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "talkingflow.py"), "train", "--data", str(talkers), "--steps", "100000",
+               "--out", "run", *SMALL]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENV, text=True, **pipes)
     for line in process.stdout:
         if line.startswith("step"):
             break
@@ -160,8 +164,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_names_the_step(talker
 
 
 def test_two_processes_train_the_same_weights_as_one_writer(talkers, tmp_path):
-    """torchrun with gloo: one log, one checkpoint, and equal weights in both processes (asserted by DistributedDataParallel)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "talkingflow.py"),
+    """torchrun with gloo: one log, one checkpoint, and equal weights in both processes (DistributedDataParallel asserts
+    it)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "talkingflow.py"),
                "train", "--data", str(talkers), "--steps", "10", "--device", "cpu", "--out", "run", *SMALL]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -197,7 +203,8 @@ def test_sample_writes_every_format(trained, suffix, tmp_path):
         assert np.load(out).shape == (2, 80, 68, 2)
     if suffix == ".csv":
         lines = out.read_text().splitlines()
-        assert len(lines) == 1 + 2 * 80 and lines[0].startswith("frame, face_id, timestamp, confidence, success, x_0, x_1")
+        assert len(lines) == 1 + 2 * 80
+        assert lines[0].startswith("frame, face_id, timestamp, confidence, success, x_0, x_1")
     if suffix == ".html":
         page = out.read_text()
         assert "http" not in page and "src=" not in page and "@import" not in page  # nothing comes from outside
@@ -303,14 +310,15 @@ def test_stream_prints_a_line_a_frame_equal_to_sample(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["frame"] for line in lines] == list(range(50)) and lines[1]["time"] == 0.04
-    assert run(folder, "sample", "--audio", wav, "--seed", 3, "--num-samples", 1, "--out", tmp_path / "x.npy").returncode == 0
+    flags = ["--seed", 3, "--num-samples", 1, "--out", tmp_path / "x.npy"]
+    assert run(folder, "sample", "--audio", wav, *flags).returncode == 0
     assert np.abs(np.array([line["landmarks"] for line in lines]) - np.load(tmp_path / "x.npy")[0]).max() < 2e-5
 
 
 def test_stream_speaks_while_the_sound_arrives(trained):
     folder, _ = trained
-    process = subprocess.Popen([sys.executable, str(ROOT / "talkingflow.py"), "stream"], cwd=folder, env=ENV, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)  # fmt: skip
+    command = [sys.executable, str(ROOT / "talkingflow.py"), "stream"]
+    process = subprocess.Popen(command, cwd=folder, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.write(b"\0" * 2 * 16000)
     process.stdin.flush()  # the pipe stays open: the first frames must come all the same
     assert json.loads(process.stdout.readline())["frame"] == 0
@@ -323,16 +331,19 @@ def test_stream_speaks_while_the_sound_arrives(trained):
 
 def test_unknown_flags_and_impossible_values_exit_2(trained):
     folder, _ = trained
-    for args in (["train", "--stepz", 3], ["sample", "--temperature", "-1"], ["sample", "--num-samples", 0], ["sample", "--temperature", "nan"],
-                 ["train", "--hidden", "many"], ["train", "--prior_mean", "maybe"], ["stream", "--rate", 5], []):  # fmt: skip
+    for args in (["train", "--stepz", 3], ["sample", "--temperature", "-1"], ["sample", "--num-samples", 0],
+                 ["sample", "--temperature", "nan"], ["train", "--hidden", "many"], ["train", "--prior_mean", "maybe"],
+                 ["stream", "--rate", 5], []):  # fmt: skip
         done = run(folder, *args)
         assert done.returncode == 2 and "Traceback" not in done.stderr, args
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--hidden", 0], "hidden: 0"), (["--lr", "nan"], "lr: nan"), (["--lambdas", "1,2"], "lambdas"), (["--num_scales", 0], "num_scales"),
+    (["--hidden", 0], "hidden: 0"), (["--lr", "nan"], "lr: nan"), (["--lambdas", "1,2"], "lambdas"),
+    (["--num_scales", 0], "num_scales"),
     (["--prior", "arma"], "prior: arma"), (["--dropout", 1], "dropout"), (["--dim", 100], "dim: 100 vs 136"),
-    (["--seq_len", 9000, "--batch_size", 0], "batch_size"), (["--cond_dim", 80], "cond_dim: 80 vs 40"), (["--device", "cuda:7"], "device"),
+    (["--seq_len", 9000, "--batch_size", 0], "batch_size"), (["--cond_dim", 80], "cond_dim: 80 vs 40"),
+    (["--device", "cuda:7"], "device"),
     (["--steps", 0], "steps"), (["--resume", "--out", "nowhere"], "resume.pt"),
 ])  # fmt: skip
 def test_bad_training_flags_end_in_one_line(talkers, tmp_path, flags, word):
@@ -375,7 +386,8 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    for name, content in {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"", "text": b"hello", "lfs": lfs}.items():
+    damaged = {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"", "text": b"hello", "lfs": lfs}
+    for name, content in damaged.items():
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
         fails(run(folder, "sample", "--checkpoint", path), name, "vs a TalkingFlow checkpoint")
@@ -414,7 +426,8 @@ def test_bad_sounds_and_outputs_end_in_one_line_and_leave_nothing(trained, tmp_p
     write_wav(tmp_path / "short.wav", 0.03)
     good = write_wav(tmp_path / "good.wav", 1)
     out = tmp_path / "out"
-    for name, word in (("empty", "unreadable"), ("text", "unreadable"), ("none", "0 samples"), ("short", "480 samples"), ("missing", "no such file")):
+    for name, word in (("empty", "unreadable"), ("text", "unreadable"), ("none", "0 samples"),
+                       ("short", "480 samples"), ("missing", "no such file")):  # fmt: skip
         fails(run(folder, "sample", "--audio", tmp_path / f"{name}.wav", "--out", f"{out}.npz"), word)
     fails(run(folder, "sample", "--audio", tmp_path, "--out", f"{out}.npz"), "a folder")
     fails(run(folder, "sample", "--audio", good, "--out", f"{out}.bvh"), ".bvh vs .html, .npz, .csv, .npy, .gif, .mp4")
@@ -458,7 +471,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 
 def test_real_speech_is_prepared_trained_and_sampled(grid, tmp_path):
-    """The road of a user with GRID: a few hundred steps, then a face whose mouth follows the sound better than chance."""
+    """The road of a user with GRID: a few hundred steps, then a mouth that follows the sound better than chance."""
     done = run(tmp_path, grid, "--out", "data/grid", main=prepare_data.main)
     assert done.returncode == 0, done.stderr
     assert "611 clips" in done.stdout.splitlines()[-1]

@@ -1,4 +1,5 @@
-"""The mathematics of the flow, each claim against an exact value: autograd's Jacobian, torch.distributions, integration."""
+"""The mathematics of the flow, each claim against an exact value: autograd's Jacobian, torch.distributions,
+integration."""
 
 import itertools
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from talkingflow import ActNorm, AffineCoupling, Config, ConditionTCN, FlowStep, InvertibleConv1x1, Prior, TalkingFlow, UserError
+from talkingflow import (ActNorm, AffineCoupling, Config, ConditionTCN, FlowStep, InvertibleConv1x1, Prior, TalkingFlow,
+                         UserError)  # fmt: skip
 
 
 def make(dtype=torch.float64, awake=0.3, seed=0, **fields):
@@ -37,7 +39,8 @@ def jacobian_of(f, x):
 
 
 @pytest.mark.parametrize("prior", ["iid", "ar2"])
-@pytest.mark.parametrize("dim, scales, steps, T", [(16, 4, 2, 9), (17, 4, 2, 9), (5, 1, 3, 4), (23, 3, 1, 1), (136, 4, 2, 2)])
+@pytest.mark.parametrize("dim, scales, steps, T",
+                         [(16, 4, 2, 9), (17, 4, 2, 9), (5, 1, 3, 4), (23, 3, 1, 1), (136, 4, 2, 2)])  # fmt: skip
 def test_inverse_of_forward_is_the_identity_in_float64(dim, scales, steps, T, prior):
     flow = make(dim=dim, num_scales=scales, steps_per_scale=steps, lambdas=(0.5,) * scales, prior=prior)
     x, c = data(D=dim, T=T)
@@ -73,7 +76,8 @@ def test_logdet_of_every_layer_equals_the_autograd_jacobian(layer):
     flow = make()
     step = flow.scales[0][0]
     x, c = data(B=1, T=4)
-    call = {"actnorm": step.actnorm, "conv": step.conv, "coupling": lambda x: step.coupling(x, c), "step": lambda x: step(x, c)}[layer]
+    call = {"actnorm": step.actnorm, "conv": step.conv, "coupling": lambda x: step.coupling(x, c),
+            "step": lambda x: step(x, c)}[layer]  # fmt: skip
     expected = torch.linalg.slogdet(jacobian_of(lambda x: call(x)[0], x))[1]
     assert abs(call(x)[1] - expected).max() < 1e-10
 
@@ -154,7 +158,8 @@ def test_log_prob_with_the_iid_prior_equals_the_hand_sum():
     x, c = data()
     zs, logdet = flow(x, c)
     by_hand = sum(
-        torch.distributions.Normal(0, torch.tensor(lam).double().sqrt()).log_prob(z).sum((1, 2)) for z, lam in zip(zs, flow.config.lambdas)
+        torch.distributions.Normal(0, torch.tensor(lam).double().sqrt()).log_prob(z).sum((1, 2))
+        for z, lam in zip(zs, flow.config.lambdas)
     )
     assert torch.allclose(flow.log_prob(x, c), by_hand + logdet, rtol=1e-12)
     assert torch.allclose(flow.nll(x, c), -(by_hand + logdet) / (9 * 16), rtol=1e-12)
@@ -176,8 +181,9 @@ def test_log_prob_with_the_ar2_prior_equals_a_dense_multivariate_normal(T):
         rho = [1.0, float(p1[j])]  # autocorrelations by the Yule-Walker recursion
         while len(rho) < T:
             rho.append(a1 * rho[-1] + a2 * rho[-2])
-        covariance = prior.variance[j] * torch.tensor([[rho[abs(i - k)] for k in range(T)] for i in range(T)], dtype=torch.float64)
-        expected += torch.distributions.MultivariateNormal(torch.zeros(T, dtype=torch.float64), covariance).log_prob(r[:, :, j])
+        correlation = torch.tensor([[rho[abs(i - k)] for k in range(T)] for i in range(T)], dtype=torch.float64)
+        normal = torch.distributions.MultivariateNormal(r.new_zeros(T), prior.variance[j] * correlation)
+        expected += normal.log_prob(r[:, :, j])
     assert torch.allclose(flow.log_prob(x, c), expected, rtol=1e-10)
 
 
@@ -209,7 +215,8 @@ def test_initialisation_gives_every_latent_its_priors_variance(init):
     torch.manual_seed(0)
     flow = TalkingFlow(Config(dim=20, cond_dim=3, hidden=8, init=init)).double()
     mixing = torch.randn(20, 20, dtype=torch.float64)
-    x, c = torch.randn(200, 12, 20, dtype=torch.float64).cumsum(1) @ mixing + 3, torch.randn(200, 12, 3, dtype=torch.float64) * 4 - 9
+    x = torch.randn(200, 12, 20, dtype=torch.float64).cumsum(1) @ mixing + 3
+    c = torch.randn(200, 12, 3, dtype=torch.float64) * 4 - 9
     flow.initialize(x, c)
     for z, lam in zip(flow(x, c)[0], flow.config.lambdas):
         assert z.mean((0, 1)).abs().max() < 1e-6
@@ -295,7 +302,8 @@ def test_wrong_shapes_and_sizes_are_refused_with_both_values():
 def test_presets_hold_the_numbers_of_section_3():
     paper = Config.preset("paper")
     assert (paper.num_scales, paper.lambdas, paper.dilations) == (4, (0.25, 0.5, 0.75, 1.0), (1, 2, 4, 8))
-    assert (paper.batch_size, paper.lr, paper.lr_final, paper.epochs, paper.prior, paper.init) == (128, 1e-4, 1.0, 100, "iid", "random")
+    assert (paper.batch_size, paper.lr, paper.lr_final, paper.epochs) == (128, 1e-4, 1.0, 100)
+    assert (paper.prior, paper.init) == ("iid", "random")
     assert TalkingFlow(dataclass_with(paper, hidden=8)).sizes == [17, 17, 34, 68]
 
 
@@ -309,8 +317,11 @@ def test_layers_stand_alone():
     """What the tutorial builds up from: each layer by itself keeps shapes and inverts."""
     config = Config(dim=16, cond_dim=3, hidden=8)
     x, c = data(dtype=torch.float32)
-    for layer, y in ((ActNorm(16), None), (InvertibleConv1x1(16), None), (AffineCoupling(16, config), c), (FlowStep(16, config), c)):
+    layers = ((ActNorm(16), None), (InvertibleConv1x1(16), None), (AffineCoupling(16, config), c),
+              (FlowStep(16, config), c))  # fmt: skip
+    for layer, y in layers:
         out, logdet = layer(x) if y is None else layer(x, y)
         back = layer.inverse(out) if y is None else layer.inverse(out, y)
         assert out.shape == x.shape and (back - x).abs().max() < 1e-5 and torch.as_tensor(logdet).isfinite().all()
-    assert Prior([16], Config(dim=16, num_scales=1, lambdas=(1.0,), cond_dim=3)).log_prob(x, x.new_zeros(())).shape == (3,)
+    prior = Prior([16], Config(dim=16, num_scales=1, lambdas=(1.0,), cond_dim=3))
+    assert prior.log_prob(x, x.new_zeros(())).shape == (3,)

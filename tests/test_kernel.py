@@ -528,7 +528,8 @@ class TestLoaderOfACudaBuild:
             "import talkingflow, torch; assert talkingflow.load_kernel() is not None\n"
             "for op in ('gated_conv', 'gated_conv_backward'):\n"
             "    for key in ('CUDA', 'Meta', 'AutogradCUDA', 'AutocastCUDA')[: 4 if op == 'gated_conv' else 1]:\n"
-            "        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key('talkingflow::' + op, key), (op, key)\n"
+            "        found = torch._C._dispatch_has_computed_kernel_for_dispatch_key('talkingflow::' + op, key)\n"
+            "        assert found, (op, key)\n"
             "print('ok')"
         )
         env = os.environ | {
