@@ -1573,9 +1573,10 @@ def read_answers(path):
     """The answers in a rater's JSON or CSV file, a list of dicts; scores are checked."""
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8-sig")  # spreadsheets put a mark in front
         rows = json.loads(text)["answers"] if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
-        rows = [row | {"score": int(row["score"]), "trial": int(row["trial"])} for row in rows]
+        rows = [{key: row[key] for key in ("rater", "set", "kind", "want", "stimulus", "question")}
+                | {key: int(row[key]) for key in ("score", "trial")} for row in rows]
         wrong = next((row["score"] for row in rows if row["score"] not in range(1, 6)), None)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. "
@@ -1613,12 +1614,17 @@ def ratings_needed(difference, sd):
 
 def rating_results(args):
     """`python evaluate.py rating-results FILES --key KEY`: mean opinion scores as Markdown."""
-    key = json.loads(Path(args.key).read_text())
+    try:
+        key = json.loads(Path(args.key).read_text())
+        page, labels = key["set"], {code: stimulus["label"] for code, stimulus in key["stimuli"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--key: {args.key} unreadable ({type(e).__name__}: {e}) vs the .key.json written beside the "
+                        "page. Give that file") from None
     by_rater = {}
     for file in args.files:
         for answer in read_answers(file):
-            if answer["set"] != key["set"]:
-                raise UserError(f"{file}: answers to page {answer['set']} vs {key['set']} of {args.key}. "
+            if answer["set"] != page or answer["stimulus"] not in labels:
+                raise UserError(f"{file}: answers to page {answer['set']} vs {page} of {args.key}. "
                                 "Use that page's key")
             answers, place = by_rater.setdefault(answer["rater"], {}), (answer["trial"], answer["question"])
             old = answers.setdefault(place, answer)  # a file given twice counts once
@@ -1636,8 +1642,7 @@ def rating_results(args):
         for name, answers in kept.items():
             for a in answers:
                 if a["kind"] == "rate" and a["question"] == question:
-                    label = key["stimuli"][a["stimulus"]]["label"]
-                    systems.setdefault(label, {}).setdefault(name, []).append(a["score"])
+                    systems.setdefault(labels[a["stimulus"]], {}).setdefault(name, []).append(a["score"])
         found = {label: mean_opinion(ratings, seed=args.seed) for label, ratings in systems.items()}
         order = sorted(found, key=lambda label: -found[label]["mean"])
         scores = {label: np.concatenate([*systems[label].values()]) for label in order}

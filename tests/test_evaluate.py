@@ -471,8 +471,14 @@ def test_rating_results_give_the_known_means_and_leave_out_who_failed_a_check(ev
             and "| ground truth | 4.00 [4.00, 4.00] | 8 |" in text
             and "| mean face | 2.00" in text
         )
-    (tmp_path / "a.json").write_text("{}")
-    assert evaluate.main(["rating-results", str(tmp_path / "a.json"), "--key", str(evaluated / "rating.key.json")]) == 1
+    good, page_key = str(tmp_path / "b.json"), str(evaluated / "rating.key.json")
+    for name, text in (("empty", "{}"), ("bare", '{"answers": [{"score": 3, "trial": 0}]}'), ("text", "hello")):
+        (tmp_path / f"{name}.json").write_text(text)
+        assert evaluate.main(["rating-results", str(tmp_path / f"{name}.json"), "--key", page_key]) == 1
+        assert "Ask the rater again" in capsys.readouterr().err
+    for wrong in (tmp_path / "none.json", tmp_path / "text.json", good):
+        assert evaluate.main(["rating-results", good, "--key", str(wrong)]) == 1
+        assert "error: --key: " in capsys.readouterr().err
 
 
 def test_the_interval_of_a_mean_opinion_widens_when_scores_hang_together():
