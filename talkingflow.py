@@ -844,7 +844,7 @@ class Objective(nn.Module):
         zs, logdet = self.flow(x, c)
         z, mean, prior = torch.cat(zs, 2), self.flow.prior_mean(c), self.flow.prior
         nll = -(prior.log_prob(z, mean) + logdet).mean() / (x.shape[1] * x.shape[2])
-        return nll, nll + mean_weight * ((z.detach() - mean) ** 2 / prior.variance).mean()
+        return nll, nll + mean_weight * ((z.detach() - mean) ** 2 / prior.variance.detach()).mean()
 
 
 def build_optimizer(flow, config):
