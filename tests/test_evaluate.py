@@ -52,15 +52,30 @@ def test_a_still_mouth_has_correlation_zero_and_a_mirrored_one_minus_one():
     x = faces(T=60)
     still = np.repeat(x[:, :1], 60, 1)
     assert np.allclose(evaluate.mouth_correlation(still, x), 0, atol=1e-6)
+    mirrored, gap = x.copy().reshape(*x.shape[:2], 68, 2), evaluate.mouth_opening(evaluate.points(x))
+    width = np.linalg.norm(mirrored[..., 64, :] - mirrored[..., 60, :], axis=-1)
+    for upper, lower in ((61, 67), (62, 66), (63, 65)):  # as far open as the truth is closed
+        mirrored[..., lower, :] = mirrored[..., upper, :]
+        mirrored[..., lower, 1] += (1 - gap) * width
+    assert np.allclose(evaluate.mouth_correlation(evaluate.flat(mirrored), x), -1)
 
 
 def test_landmark_distance_of_a_face_moved_by_its_eye_distance_is_one_at_any_scale():
     x = np.repeat(faces(T=1), 6, 1)
-    eye = evaluate.interocular(x)
-    for part in (slice(None), evaluate.LIPS):
-        y = x + np.tile([1.0, 0.0], 68) * eye[:, None, None]
-        assert np.allclose(evaluate.landmark_distance(y, x, part), 1)
-        assert np.allclose(evaluate.landmark_distance(moved(y, 5), moved(x, 5), part), 1)
+    y = x + np.tile([1.0, 0.0], 68) * evaluate.interocular(x)[:, None, None]
+    assert np.allclose(evaluate.landmark_distance(y, x), 1)
+    assert np.allclose(evaluate.landmark_distance(moved(y, 5), moved(x, 5)), 1)
+
+
+def test_distances_of_lips_do_not_see_the_head():
+    x = np.repeat(faces(T=1), 6, 1)
+    eye = evaluate.interocular(x)[:, None, None]
+    head = np.cumsum(np.ones((1, 6, 1)), 1) * np.tile([1.0, 0.5], 68) * eye
+    assert np.abs(evaluate.landmark_distance(x + head, x, evaluate.lip_points)).max() < 1e-6
+    assert np.abs(evaluate.velocity_distance(x + head, x, FPS, evaluate.lip_points)).max() < 1e-4
+    apart = np.zeros(136)
+    apart[96::4], apart[98::4] = 0.1, -0.1  # every second lip point to the right, the others to the left
+    assert np.allclose(evaluate.landmark_distance(x + apart * eye, x, evaluate.lip_points), 0.1)
 
 
 def test_velocity_distance_is_zero_for_an_offset_and_the_speed_of_a_drift():
@@ -168,7 +183,7 @@ def test_the_bootstrap_interval_of_a_gaussian_mean_is_that_of_the_textbook_and_t
     sums = np.stack([values + 5, np.ones(400)], 1)
     assert abs(evaluate.summary(sums, evaluate.ratio)["high"] - s["high"] - 5) < 1e-9  # a ratio of sums
     twice = evaluate.summary(np.repeat(values, 2), clips=np.repeat(np.arange(len(values)), 2))
-    assert np.allclose([twice[k] for k in ("mean", "low", "high")], [s[k] for k in ("mean", "low", "high")])  # no news
+    assert np.allclose([*twice.values()], [*s.values()])  # no news
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,13 +372,14 @@ def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_ag
     assert {p.name for p in (tmp_path / "a").glob("*.png")} == {"fan.png", "latents.png", "jitter.png", "strips.png"}
     again, log = tables(capsys, *brief, "--out", tmp_path / "a")
     assert again == first and log.count(": from ") == len(evaluate.ROWS) - 1
-    some = ["--rows", "truth,var2,lu,no-audio,learned-lambda"]
+    some = ["--rows", "truth,var2,lu,ar2,no-audio,learned-lambda,checkpoint"]
+    some += ["--checkpoint", tmp_path / "a/rows/ar2/checkpoint.pt"]
     a, _ = tables(capsys, *brief, *some, "--out", tmp_path / "a")
-    b, _ = tables(capsys, *brief, *some, "--out", tmp_path / "b", "--checkpoint", tmp_path / "a/rows/ar2/checkpoint.pt")
+    b, _ = tables(capsys, *brief, *some, "--out", tmp_path / "b")
     assert without_seconds(a) == without_seconds(b)
-    results = json.loads((tmp_path / "b/results.json").read_text())
-    silent = results["rows"]["full, ar2, no audio"]["columns"]["gain"]
-    assert abs(silent["mean"]) < 1e-4
+    rows = json.loads((tmp_path / "b/results.json").read_text())["rows"]
+    assert abs(rows["full, ar2, no audio"]["columns"]["gain"]["mean"]) < 1e-4
+    assert rows["checkpoint"]["columns"] == rows["full, ar2"]["columns"]
 
 
 def test_every_row_runs_on_real_clips(grid, tmp_path, capsys):
@@ -373,24 +389,11 @@ def test_every_row_runs_on_real_clips(grid, tmp_path, capsys):
         shutil.copy(file, source)
     assert prepare_data.main([str(source), "--out", str(tmp_path / "data"), "--jobs", "1"]) in (0, None)
     capsys.readouterr()
-    text, _ = tables(
-        capsys,
-        "--data",
-        tmp_path / "data",
-        "--out",
-        tmp_path / "out",
-        "--steps",
-        2,
-        "--sync-steps",
-        60,
-        "--clips",
-        3,
-        "--jobs",
-        1,
-    )
-    assert (
-        "exact sampler" not in text and "| full, ar2 |" in text and "look-ahead 2 frames" in text and "nan" not in text
-    )
+    brief = ["--steps", 2, "--sync-steps", 60, "--clips", 3, "--jobs", 1]
+    text, _ = tables(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", *brief)
+    labels = [label for name, (_, label, _) in evaluate.ROWS.items() if name not in ("exact", "checkpoint")]
+    assert all(f"| {label} |" in text for label in labels) and "exact sampler" not in text
+    assert "look-ahead 2 frames" in text and "nan" not in text
 
 
 def test_wrong_rows_and_missing_folders_are_one_line(tmp_path, talkers, capsys):
@@ -502,4 +505,4 @@ def test_an_unknown_rating_set_is_refused(evaluated, tmp_path, capsys):
     file = tmp_path / "x.json"
     file.write_text(json.dumps({"answers": answers_of(key | {"set": "other"}, "x", lambda *_: 3)}))
     assert evaluate.main(["rating-results", str(file), "--key", str(evaluated / "rating.key.json")]) == 1
-    assert "Use that page's key" in capsys.readouterr().err
+    assert "Pass that page's key" in capsys.readouterr().err
