@@ -1753,12 +1753,12 @@ def build_parser():
                         help="of weights, batches, draws and the truth's noise [0]")
     parser.add_argument("--jobs", type=count(int, 1, 64), default=1 if torch.cuda.is_available()
                         else min(2, os.cpu_count() or 1),
-                        help="rows at a time, a thread each [2 on a CPU]")
+                        help="rows at a time, a thread each [2 on a CPU, 1 with a GPU]")
     parser.add_argument("--release-sizes", action="store_true",
                         help="compared systems as wide as their releases; needs a GPU")
     parser.set_defaults(run=tables)
     commands = parser.add_subparsers(metavar="rating-page | rating-results")
-    p = commands.add_parser("rating-page",
+    p = commands.add_parser("rating-page", help="write a listening test",
                             description="Write a blind, randomised listening test as one page, and its key.")
     p.add_argument("--results", help="folder that `python evaluate.py` has written [the newest runs/evaluation-*]")
     p.add_argument("--rows", default=",".join(RATED), help="systems to rate, where they are there [%(default)s]")
@@ -1768,7 +1768,7 @@ def build_parser():
                    help="the page [rating.html beside results.json]; its key is OUT.key.json: keep it from the raters")
     p.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     p.set_defaults(run=rating_page)
-    p = commands.add_parser("rating-results",
+    p = commands.add_parser("rating-results", help="score its answers",
                             description="Mean opinion scores of the answers that raters downloaded (JSON or CSV).")
     p.add_argument("files", nargs="+", help="answers-*.json or answers-*.csv")
     p.add_argument("--key", help="the page's .key.json [rating.key.json of the newest runs/evaluation-*]")

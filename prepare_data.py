@@ -1463,29 +1463,30 @@ def parser():
                    'with NAME.npy or an OpenFace NAME.csv), or folders of them; or the word "synthetic"')
     p.add_argument("--out", required=True, help="the training folder to write; the same command again goes on")
     p.add_argument("--force", action="store_true", help="replace a training folder that is already there")
-    p.add_argument("--fps", type=frame_rate, default=25, help="frame rate of the folder (default %(default)g), and of "
-                   ".npy landmarks, which have no frame times")
+    p.add_argument("--fps", type=frame_rate, default=25, help="frame rate of the folder, and of .npy landmarks, which "
+                   "have no frame times [%(default)g]")
     p.add_argument("--audio-dir", metavar="DIR", help="where NAME.wav or SPEAKER/NAME.wav lies if not beside NAME")
     p.add_argument("--speakers", type=names, default=[], metavar="A,B", help="only these (a speaker is a folder)")
-    p.add_argument("--test-speakers", type=names, default=[], metavar="A,B", help="these are the test set, and only it")
+    p.add_argument("--test-speakers", type=names, default=[], metavar="A,B", help="hold these out as the test set")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N sources")
-    p.add_argument("--min-seconds", type=float, default=1.0, metavar="S", help="leave out shorter clips (default 1)")
+    p.add_argument("--min-seconds", type=float, default=1.0, metavar="S", help="leave out shorter clips [1]")
     p.add_argument("--max-gap", type=int, default=5, metavar="N", help="cut where the face is lost for more than N "
-                   "frames, interpolate where for fewer (default 5)")
+                   "frames, interpolate shorter gaps [5]")
     p.add_argument("--smooth", action="store_true", help="smooth the landmarks by [1, 2, 1] / 4 (zero-phase)")
-    p.add_argument("--extractor", choices=EXTRACTORS, default="mediapipe", help="what finds the landmarks in videos")
+    p.add_argument("--extractor", choices=EXTRACTORS, default="mediapipe",
+                   help="what finds the landmarks in videos [mediapipe]")
     p.add_argument("--model", metavar="FILE", help="its model, if not in its usual place")
-    p.add_argument("--jobs", type=int, metavar="N", help="processes that read videos (default: one a core)")
+    p.add_argument("--jobs", type=int, metavar="N", help="processes that read videos [one a core]")
     p.add_argument("--preview", action="store_true", help="draw the landmarks found over frames: OUT/preview/NAME.png")
     p.add_argument("--audio-offset", default="0", metavar="N|auto", help="pair each frame with the sound of N frames "
-                   "later, for sound that is late; auto: as many as measured")
-    p.add_argument("--n-mels", type=int, default=40, help="mel bands (default %(default)s)")
-    p.add_argument("--fmin", type=float, default=0.0, help="lowest frequency of the mel bands, Hz")
-    p.add_argument("--fmax", type=float, default=8000.0, help="highest frequency of the mel bands, Hz")
+                   "later, for sound that is late; auto: as many as measured [0]")
+    p.add_argument("--n-mels", type=int, default=40, help="mel bands [%(default)s]")
+    p.add_argument("--fmin", type=float, default=0.0, help="lowest frequency of the mel bands, Hz [0]")
+    p.add_argument("--fmax", type=float, default=8000.0, help="highest frequency of the mel bands, Hz [8000]")
     p.add_argument("--level", action="store_true", help="divide each clip's mel power by its loud frames' (for unseen "
                    "voices, with --n-mels 20 --fmin 150 --fmax 4500; not causal)")
-    p.add_argument("--clips", type=int, default=3000, help="synthetic: training clips (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="synthetic: another seed, other people")
+    p.add_argument("--clips", type=int, default=3000, help="synthetic: training clips [%(default)s]")
+    p.add_argument("--seed", type=int, default=0, help="synthetic: another seed, other people [0]")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return p
 

@@ -82,11 +82,11 @@ class Config:
     init: str = "data"  # "data": PCA and Burg start from a batch; "random": Glow's start (the paper)
     lead: int = 0  # frames of sound the model hears ahead, a fixed delay (not in the paper; the data folder decides)
     scale_bound: float = 1.0  # |s| of a coupling stays below this (not in the paper)
-    dropout: float = 0.15  # in the ConditionTCNs, a third of it in the prior's mean (not in the paper)
+    dropout: float = 0.15  # of the ConditionTCNs, a third for the prior's mean (not in the paper; the folder decides)
     # training
     batch_size: int = 8  # clips a step, over all processes (Sec. 3: 128)
     seq_len: int = 80  # T: frames a training window (not in the paper; the authors' code has 3 s)
-    steps: int = 4000  # optimiser steps; 0: as many as `epochs` takes
+    steps: int = 4000  # optimiser steps; 0: as many as `epochs` takes (the data folder decides)
     epochs: int = 0  # passes over the training frames, where steps is 0 (Sec. 3: about 100)
     lr: float = 3e-3  # peak learning rate of Adam (Sec. 3: 1e-4)
     lr_final: float = 0.02  # cosine decay to this share of lr; 1: constant (the paper)
@@ -127,8 +127,8 @@ class Config:
     @staticmethod
     def preset(name):
         """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors' code where
-        it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands, window, the bounds on s and
-        on the gradient and the dequantisation noise are this project's."""
+        it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands, window, look-ahead, the bounds
+        on s and on the gradient and the dequantisation noise are this project's."""
         if name not in ("demo", "paper"):
             raise UserError(f"preset: {name} vs demo or paper. Choose one of the two")
         return Config() if name == "demo" else Config(
