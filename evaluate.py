@@ -52,6 +52,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import talkingflow
+from media import console
 from talkingflow import Config, UserError, mouth_opening
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1163,7 +1164,7 @@ def train_syncnet(held, out, steps):
     else:
         x, _, windows = held.training(600)
         net.fit(lip_shapes(x.numpy()), held.fine(windows, held.T)[:, 24:], steps, held.seed)
-        talkingflow.write_atomically(path, lambda p: torch.save({"key": key, "model": net.state_dict()}, p))
+        console.write_atomically(path, lambda p: torch.save({"key": key, "model": net.state_dict()}, p))
     return net.eval(), net.check(lip_shapes(held.x), held.sync_sound())
 
 
@@ -1201,7 +1202,7 @@ def run_row(name, job):
             path.parent.mkdir(parents=True, exist_ok=True)
             shown = outcome.draws[:3, :8].astype(np.float32)  # by the figures and the rating page
             np.save(path.with_suffix(".npy"), shown)
-    talkingflow.write_atomically(path, lambda p: p.write_text(json.dumps({"key": key, "rows": rows})))
+    console.write_atomically(path, lambda p: p.write_text(json.dumps({"key": key, "rows": rows})))
     print(f"{name}: {time.perf_counter() - clock:.0f} s", file=sys.stderr, flush=True)
     return rows
 
@@ -1349,7 +1350,7 @@ def figure(path, width, height, draw, rows=1, columns=1):
         ax.spines[["top", "right"]].set_visible(False)
     draw(axes)
     canvas.tight_layout()
-    talkingflow.write_atomically(path, lambda p: canvas.savefig(p, format="png", bbox_inches="tight"))
+    console.write_atomically(path, lambda p: canvas.savefig(p, format="png", bbox_inches="tight"))
     plt.close(canvas)
 
 
@@ -1576,9 +1577,9 @@ def rating_page(args):
     style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[1]  # one look for all
     script = json.dumps(page).replace("</", "<\\/")
     text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__", script)
-    talkingflow.write_atomically(out, lambda p: p.write_text(text))
+    console.write_atomically(out, lambda p: p.write_text(text))
     secret, answers = out.with_suffix(".key.json"), json.dumps({"set": name, "stimuli": key}, indent=1)
-    talkingflow.write_atomically(secret, lambda p: p.write_text(answers))
+    console.write_atomically(secret, lambda p: p.write_text(answers))
     print(f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), "
           f"{out.stat().st_size / 1e6:.1f} MB, for the raters\n{secret}: which is which, not for the raters")
     return 0
@@ -1690,7 +1691,7 @@ def rating_results(args):
 
 def newest_checkpoint(clips):
     """checkpoint.pt of the newest run under runs/ that was trained on these clips, or None."""
-    for path in talkingflow.newest("checkpoint.pt"):
+    for path in console.newest("checkpoint.pt"):
         with contextlib.suppress(UserError):  # a damaged run is no reason to stop
             if talkingflow.read_checkpoint(path)["data"]["fingerprint"] == clips.meta["fingerprint"]:
                 return path
@@ -1727,7 +1728,7 @@ def tables(args):
               "truth_spread": truth_spread(held), "strangers": held.strangers, "speakers": sorted(set(held.speakers)),
               "fingerprint": held.clips.meta["fingerprint"], "checkpoint": checkpoint and str(checkpoint)}
     results = {"facts": facts, "rows": rows}
-    talkingflow.write_atomically(out / "results.json", lambda p: p.write_text(json.dumps(results)))
+    console.write_atomically(out / "results.json", lambda p: p.write_text(json.dumps(results)))
     print(markdown(results))
     print(f"{out}: results.json, {', '.join(draw_figures(out, rows, held))}", file=sys.stderr)
     return 0
@@ -1735,7 +1736,7 @@ def tables(args):
 
 def build_parser():
     """The command line: the tables, or one of the two rating commands."""
-    count = talkingflow.bounded
+    count = console.bounded
     parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -1780,7 +1781,7 @@ def build_parser():
 
 def main(argv=None):
     """Run a command line -> exit status."""
-    status = talkingflow.run_command(build_parser().parse_args(argv))
+    status = console.run_command(build_parser().parse_args(argv))
     if status == 130:
         print("stopped; the finished rows are kept, the same command goes on", file=sys.stderr)
     return status

@@ -33,7 +33,6 @@ import os
 import re
 import signal
 import sys
-import time
 import zipfile
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -42,9 +41,10 @@ from pathlib import Path
 
 import numpy as np
 
+from media.console import Progress, write_text
 from talkingflow import Mel, UserError
 
-SAMPLE_RATE = 16000                                      # of the stored sound, Hz
+SAMPLE_RATE = 16000  # of the stored sound, Hz
 ARRAYS = {"landmarks": np.float32, "mel": np.float32, "audio": np.int16, "articulation": np.float32}
 SPLITS = ("train", "val", "test")
 
@@ -131,13 +131,6 @@ class FolderWriter:
         write_text(self.out / "meta.json", json.dumps(meta, indent=None, separators=(",", ":"), ensure_ascii=False))
 
 
-def write_text(path, text):
-    """All of the file or none of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def fingerprint(meta):
     """sha256 over the clips' own digests (in the order of meta["clips"]) and the mel settings.
 
@@ -170,23 +163,6 @@ def new_folder(out, force=False):
     except OSError as e:
         raise UserError(f"--out: {out} cannot be written ({e.strerror}) vs a writable folder. Choose another --out")
     return out
-
-
-class Progress:
-    """One line that says how far and how long still: rewritten in place on a terminal, else every 15 seconds."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.done, self.begin, self.shown = what, total, 0, time.time(), 0.0
-
-    def __call__(self, done, note=""):
-        self.done, now = done, time.time()
-        tty = sys.stdout.isatty()
-        if done < self.total and now - max(self.shown, self.begin) < (0.2 if tty else 15):
-            return
-        self.shown = now
-        left = (now - self.begin) / max(done, 1) * (self.total - done)
-        line = f"{self.what} {done:,} of {self.total:,}{note}, {left // 60:.0f} min {left % 60:02.0f} s left"
-        print(f"\r{line:<100}" if tty else line, end="\n" if done >= self.total or not tty else "", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -52,13 +51,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-class UserError(ValueError):
-    """Something the user can mend, printed as one line: `error: <what>: <found> vs <expected>. <what to do>.`"""
-
-
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
-
+from media.console import (
+    CLEAR,
+    Interrupt,
+    UserError,
+    bounded,
+    free_name,
+    newest,
+    run_command,
+    write_atomically,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every number of a run. The comments are the text of --help.
@@ -768,22 +770,6 @@ class Clips:
 # Checkpoints: plain dicts and tensors, written whole or not at all
 
 
-def write_atomically(path, write):
-    """write(temporary path), then rename: a full disk or a kill leaves the old file as it was."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"{path}: not written ({e}) vs a writable place with room. What was there is kept")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_checkpoint(path):
     """The dict in a checkpoint file. Runs no code from it and refuses a damaged one: torch.load checks no CRC."""
     path = Path(path)
@@ -865,23 +851,6 @@ def schedule(step, steps, config):
     """Learning rate as a share of the peak: linear warm-up, then cosine to lr_final."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
     return min(1, (step + 1) / (config.warmup + 1)) * (config.lr_final + (1 - config.lr_final) * cosine)
-
-
-class Interrupt:
-    """Ctrl-C and kill ask for a stop after the step under way; a second Ctrl-C stops at once."""
-
-    def __enter__(self):
-        self.signal, self.old = 0, {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -1048,11 +1017,6 @@ class Trainer:
             if self.rank == 0 and signalled:
                 self.save_resume()
         return signalled
-
-
-def newest(name):
-    """The files of this name in the run folders under runs/, the newest first."""
-    return sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def train(args):
@@ -1300,12 +1264,6 @@ def sample(args):
     return 0
 
 
-def free_name(path):
-    """path, or path with the first free number."""
-    names = [path] + [path.with_stem(f"{path.stem}-{i}") for i in range(2, 10000)]
-    return next(name for name in names if not name.exists())
-
-
 def stream(args):
     """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
     flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
@@ -1476,19 +1434,6 @@ def truth_value(text):
     return text.lower() in ("true", "1")
 
 
-def bounded(kind, low, high=math.inf):
-    """An argparse type: a finite number from low to high."""
-
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
 def build_parser():
     """The command line: train, sample and stream."""
     parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0])
@@ -1530,22 +1475,6 @@ def build_parser():
     p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
     p.set_defaults(run=stream)
     return parser
-
-
-def run_command(args):
-    """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
-    try:
-        return args.run(args)
-    except UserError as e:
-        if args.debug:
-            raise
-        print(f"{CLEAR}error: {str(e).rstrip('.')}.", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return 130
 
 
 def main(argv=None):

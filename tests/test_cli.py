@@ -17,7 +17,18 @@ import torch
 
 import prepare_data
 import talkingflow
-from talkingflow import Clips, Config, Mel, Talker, TalkingFlow, Trainer, UserError, load_checkpoint, mouth_opening
+from media import console
+from talkingflow import (
+    Clips,
+    Config,
+    Mel,
+    Talker,
+    TalkingFlow,
+    Trainer,
+    UserError,
+    load_checkpoint,
+    mouth_opening,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
@@ -463,7 +474,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left"):
-        talkingflow.write_atomically(path, full)
+        console.write_atomically(path, full)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

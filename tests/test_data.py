@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
+import talkingflow
+from media import console
 
 
 def prepare(*args, rc=0):
@@ -84,7 +86,7 @@ def test_synthetic_folder_holds_what_its_meta_says(talkers):
     nll = talker.nll(arrays["landmarks"][None, rows], arrays["articulation"][None, rows])
     assert abs(nll[0] - clip["optimal_nll"]) < 1e-9
     sound = arrays["audio"][clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]]
-    hear = prepare_data.Mel(**meta["mel"], fps=meta["fps"], sample_rate=meta["sample_rate"])
+    hear = talkingflow.Mel(**meta["mel"], fps=meta["fps"], sample_rate=meta["sample_rate"])
     assert np.array_equal(hear.columns(sound / 32768), arrays["mel"][rows])
 
 
@@ -389,7 +391,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(tmp_path, mon
 
     monkeypatch.setattr(prepare_data.GrowingArray, "append", full)
     args = prepare_data.parser().parse_args([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
-    with pytest.raises(prepare_data.UserError, match="No space left.*goes on after 1 sources"):
+    with pytest.raises(console.UserError, match="No space left.*goes on after 1 sources"):
         prepare_data.prepare(args)
     assert prepare_data.prepare(args).startswith("4 clips")
 

@@ -52,7 +52,7 @@ def test_a_still_mouth_has_correlation_zero_and_a_mirrored_one_minus_one():
     x = faces(T=60)
     still = np.repeat(x[:, :1], 60, 1)
     assert np.allclose(evaluate.mouth_correlation(still, x), 0, atol=1e-6)
-    mirrored, gap = x.copy().reshape(*x.shape[:2], 68, 2), evaluate.mouth_opening(evaluate.points(x))
+    mirrored, gap = x.copy().reshape(*x.shape[:2], 68, 2), talkingflow.mouth_opening(evaluate.points(x))
     width = np.linalg.norm(mirrored[..., 64, :] - mirrored[..., 60, :], axis=-1)
     for upper, lower in ((61, 67), (62, 66), (63, 65)):  # as far open as the truth is closed
         mirrored[..., lower, :] = mirrored[..., upper, :]

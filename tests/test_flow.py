@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from talkingflow import (ActNorm, AffineCoupling, Config, ConditionTCN, FlowStep, InvertibleConv1x1, Prior, TalkingFlow,
-                         UserError)  # fmt: skip
+from talkingflow import (
+    ActNorm,
+    AffineCoupling,
+    ConditionTCN,
+    Config,
+    FlowStep,
+    InvertibleConv1x1,
+    Prior,
+    TalkingFlow,
+    UserError,  # fmt: skip
+)
 
 
 def make(dtype=torch.float64, awake=0.3, seed=0, **fields):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import talkingflow
+from media import console
 from talkingflow import gated_causal_conv_reference as reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -454,7 +455,7 @@ def test_the_choice_is_said_in_one_line(monkeypatch, capsys):
         assert re.fullmatch(
             r"kernel: PyTorch \((no GPU is visible|this PyTorch has no CUDA)\)\n", capsys.readouterr().err
         )
-    with pytest.raises(talkingflow.UserError, match="TALKINGFLOW_KERNEL: gpu vs auto, cuda or torch"):
+    with pytest.raises(console.UserError, match="TALKINGFLOW_KERNEL: gpu vs auto, cuda or torch"):
         load(monkeypatch, "gpu")
 
 

@@ -1,0 +1,113 @@
+"""The plain parts of every program here: errors in one line, progress, signals, files written whole or not at all."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Something the user can mend, printed as one line: `error: <what>: <found> vs <expected>. <what to do>.`"""
+
+
+CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: a full disk or a kill leaves the old file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"{path}: not written ({e}) vs a writable place with room. What was there is kept")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Interrupt:
+    """Ctrl-C and kill ask for a stop after the step under way; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.signal, self.old = 0, {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def newest(name):
+    """The files of this name in the run folders under runs/, the newest first."""
+    return sorted(Path("runs").glob(f"*/{name}"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def free_name(path):
+    """path, or path with the first free number."""
+    names = [path] + [path.with_stem(f"{path.stem}-{i}") for i in range(2, 10000)]
+    return next(name for name in names if not name.exists())
+
+
+def bounded(kind, low, high=math.inf):
+    """An argparse type: a finite number from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def run_command(args):
+    """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
+    try:
+        return args.run(args)
+    except UserError as e:
+        if args.debug:
+            raise
+        print(f"{CLEAR}error: {str(e).rstrip('.')}.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def write_text(path, text):
+    """All of the file or none of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Progress:
+    """One line that says how far and how long still: rewritten in place on a terminal, else every 15 seconds."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done, self.begin, self.shown = what, total, 0, time.time(), 0.0
+
+    def __call__(self, done, note=""):
+        self.done, now = done, time.time()
+        tty = sys.stdout.isatty()
+        if done < self.total and now - max(self.shown, self.begin) < (0.2 if tty else 15):
+            return
+        self.shown = now
+        left = (now - self.begin) / max(done, 1) * (self.total - done)
+        line = f"{self.what} {done:,} of {self.total:,}{note}, {left // 60:.0f} min {left % 60:02.0f} s left"
+        print(f"\r{line:<100}" if tty else line, end="\n" if done >= self.total or not tty else "", flush=True)
