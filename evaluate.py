@@ -53,6 +53,7 @@ from torch import nn
 
 import talkingflow
 from media import console
+from media.sound import Mel, wav_bytes
 from talkingflow import Config, UserError, mouth_opening
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,7 +369,7 @@ class Held:
         if len(self.windows) < 2:
             raise UserError(f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. "
                             "Prepare more clips")
-        self.hear = talkingflow.Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps,
+        self.hear = Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps,
                                     sample_rate=clips.meta["sample_rate"])
         self.columns = {}
         self.x = clips.batch(self.windows, self.T, 0, self.noise, torch.Generator().manual_seed(seed))[0].numpy()
@@ -1561,7 +1562,7 @@ def rating_page(args):
         rate = held.clips.meta["sample_rate"]
         first, last = (int(t * rate / held.fps) for t in (s, s + held.T))
         sound = held.clips.audio[clip["audio_start"] + first : clip["audio_start"] + min(clip["audio_samples"], last)]
-        sounds.append(base64.b64encode(talkingflow.wav_bytes(sound, rate)).decode())
+        sounds.append(base64.b64encode(wav_bytes(sound, rate)).decode())
         for name in names:
             face = points(np.load(folder / "rows" / f"{name}.npy")[0, number])
             face = (face - face.mean((0, 1))) / (np.ptp(face.reshape(-1, 2), 0).max() * 1.08) * 60000

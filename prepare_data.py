@@ -42,9 +42,9 @@ from pathlib import Path
 import numpy as np
 
 from media.console import Progress, write_text
+from media.sound import SAMPLE_RATE
 from talkingflow import Mel, UserError
 
-SAMPLE_RATE = 16000  # of the stored sound, Hz
 ARRAYS = {"landmarks": np.float32, "mel": np.float32, "audio": np.int16, "articulation": np.float32}
 SPLITS = ("train", "val", "test")
 
@@ -601,7 +601,7 @@ def read_ready(task, options):
     if sound is None:
         if not task["sound"]:
             raise Skip("landmarks without sound", f"no {path.stem}.wav beside it")
-        sound = read_sound(task["sound"])
+        sound = load_sound(task["sound"])
     if times is None:                                    # bare points: their rate is taken as --fps, if that can be
         times, seconds = np.arange(len(points)) / options["fps"], len(sound) / SAMPLE_RATE
         if abs(len(points) / options["fps"] - seconds) > max(0.2, 0.02 * seconds):
@@ -680,7 +680,7 @@ def to_pixels(points, take):
     return points * take["wh"]
 
 
-def read_sound(path):
+def load_sound(path):
     """Any file libsndfile knows -> float32 (S,) mono at 16 kHz."""
     if str(path).lower().endswith(VIDEOS):
         return clean_sound(*read_video_sound(path)[:2])
@@ -866,7 +866,7 @@ def read_video(task, options):
     except Skip:
         if not task["sound"]:
             raise
-        sound, begin = read_sound(task["sound"]), None   # a .wav of its own begins with the picture
+        sound, begin = load_sound(task["sound"]), None   # a .wav of its own begins with the picture
     points, times, sheet = [], [], ContactSheet()
     face, lost, largest, profiles = None, 0, 0, 0
     with open_video(path) as container:

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
-import talkingflow
 from media import console
+from media.sound import Mel
 
 
 def prepare(*args, rc=0):
@@ -86,7 +86,7 @@ def test_synthetic_folder_holds_what_its_meta_says(talkers):
     nll = talker.nll(arrays["landmarks"][None, rows], arrays["articulation"][None, rows])
     assert abs(nll[0] - clip["optimal_nll"]) < 1e-9
     sound = arrays["audio"][clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]]
-    hear = talkingflow.Mel(**meta["mel"], fps=meta["fps"], sample_rate=meta["sample_rate"])
+    hear = Mel(**meta["mel"], fps=meta["fps"], sample_rate=meta["sample_rate"])
     assert np.array_equal(hear.columns(sound / 32768), arrays["mel"][rows])
 
 
