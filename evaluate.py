@@ -53,6 +53,7 @@ from torch import nn
 
 import talkingflow
 from media import console
+from media.landmarks import CURVES, flat, lip_points, points
 from media.sound import Mel, wav_bytes
 from talkingflow import Config, UserError, mouth_opening
 
@@ -63,23 +64,7 @@ from talkingflow import Config, UserError, mouth_opening
 LIPS, EYES = slice(48, 68), (36, 45)
 
 
-def points(track):
-    """(..., 136) -> (..., 68, 2)."""
-    return track.reshape(*track.shape[:-1], 68, 2)
-
-
-def flat(p):
-    """The other way round: (..., n, 2) -> (..., 2n)."""
-    return p.reshape(*p.shape[:-2], -1)
-
-
-def lip_points(track):
-    """The lip points minus their centroid: (..., 136) -> (..., 20, 2). The head's motion is gone, the opening stays."""
-    lips = points(track)[..., LIPS, :]
-    return lips - lips.mean(-2, keepdims=True)
-
-
-def interocular(track):
+def mean_interocular(track):
     """Mean distance between the outer eye corners of tracks (N, T, 136) -> (N,): the unit of every distance here."""
     p = points(track)
     return np.linalg.norm(p[..., EYES[0], :] - p[..., EYES[1], :], axis=-1).mean(-1)
@@ -104,14 +89,14 @@ def landmark_distance(track, truth, part=points):
     (part=points) or of the lips about their own centre (part=lip_points), as [4] has it; [4] sums over the points of
     re-detected images, M-LD and F-LD of [5] are means."""
     gap = np.linalg.norm(part(track) - part(truth), axis=-1)
-    return gap.mean((-2, -1)) / interocular(truth)
+    return gap.mean((-2, -1)) / mean_interocular(truth)
 
 
 def velocity_distance(track, truth, fps, part=points):
     """LVD (N,): mean distance of corresponding points' velocities, in interocular distances a second (M-LVD, F-LVD of
     [5]), of the face or, part=lip_points, of the lips about their own centre."""
     gap = np.linalg.norm(np.diff(part(track) - part(truth), axis=-3), axis=-1)
-    return gap.mean((-2, -1)) * fps / interocular(truth)
+    return gap.mean((-2, -1)) * fps / mean_interocular(truth)
 
 
 def energy_score(draws, truth):
@@ -331,7 +316,7 @@ class SyncNet(nn.Module):
 
 def lip_shapes(track):
     """What SyncNet sees of tracks (N, T, 136) -> float32 tensor (N, T, 40)."""
-    lips = flat(lip_points(track)) / np.maximum(interocular(track), 1e-6)[:, None, None]
+    lips = flat(lip_points(track)) / np.maximum(mean_interocular(track), 1e-6)[:, None, None]
     return torch.from_numpy(lips.astype(np.float32))
 
 
@@ -546,7 +531,7 @@ def loudness_row(held, job):
 def noise_row(held, job):
     """The truth plus white noise of 1 % of the interocular distance: all that a shaking tracker adds."""
     noise = np.random.default_rng(held.seed).normal(size=(held.draws, *held.x.shape))
-    noise *= 0.01 * interocular(held.x)[:, None, None]
+    noise *= 0.01 * mean_interocular(held.x)[:, None, None]
     return {"": Outcome((held.x + noise).astype(np.float32), held.x)}
 
 
@@ -1090,7 +1075,7 @@ ROWS = {  # name: (group, label, function(held, job) -> {suffix of the label: Ou
 def score(outcome, held, net):
     """All columns of one row: {column: summary} and what the figures and the rating page need."""
     x, fps, over = held.x, held.fps, functools.partial(summary, clips=held.names)
-    io, first, many = interocular(x), outcome.draws[0], len(outcome.draws) >= 16
+    io, first, many = mean_interocular(x), outcome.draws[0], len(outcome.draws) >= 16
     unit, mouths = io[:, None, None], mouth_opening(points(outcome.draws))
     columns, mouth = {}, mouth_opening(points(x))
     if outcome.nll is not None:
@@ -1147,7 +1132,7 @@ def optimum(held):
 def truth_spread(held):
     """The truth's own diversity: distance between different clips, face and lips, in the unit of the `spread`
     columns."""
-    io = interocular(held.x).mean()
+    io = mean_interocular(held.x).mean()
     tracks = np.stack([np.roll(held.x, i, 0) for i in range(min(8, len(held.x)))])
     lips = pairwise_distance(flat(lip_points(tracks))).mean() / io / 20**0.5
     return float(pairwise_distance(tracks).mean() / io / 68**0.5), float(lips)
@@ -1420,7 +1405,7 @@ def draw_strips(axes, tracks, frames, fps):
     low, high = np.min([f.min((0, 1)) for f in faces], 0), np.max([f.max((0, 1)) for f in faces], 0)
     for ax, label, face in zip(axes[:, 0], tracks, faces, strict=True):
         for i, t in enumerate(frames):
-            for first, last, closed in talkingflow.CURVES:
+            for first, last, closed in CURVES:
                 line = face[t, [*range(first, last + 1), *[first] * closed]] + [i * (high - low)[0] * 1.15, 0]
                 ax.plot(*line.T, color=ORANGE if first >= 48 else INK, lw=1.1, clip_on=False)
         ax.set(xlim=(low[0], high[0] + (len(frames) - 1) * (high - low)[0] * 1.15), ylim=(high[1], low[1]),
@@ -1572,7 +1557,7 @@ def rating_page(args):
                             "points": base64.b64encode(face.clip(-32767, 32767).astype("<i2").tobytes()).decode()})
     stimuli.sort(key=lambda stimulus: stimulus["id"])
     name = hashlib.sha256("".join(v["id"] + v["points"] for v in stimuli).encode()).hexdigest()[:12]
-    page = {"set": name, "fps": held.fps, "curves": talkingflow.CURVES, "sounds": sounds, "stimuli": stimuli,
+    page = {"set": name, "fps": held.fps, "curves": CURVES, "sounds": sounds, "stimuli": stimuli,
             "checks": [2, 4], "questions": list(QUESTIONS.items()), "labels": SCALE}
     assets, out = Path(__file__).parent / "assets", Path(args.out or folder / "rating.html")
     style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[1]  # one look for all

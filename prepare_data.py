@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 
 from media.console import Progress, write_text
+from media.landmarks import face_box, interocular, pieces
 from media.sound import SAMPLE_RATE
 from talkingflow import Mel, UserError
 
@@ -1013,30 +1014,6 @@ def quiet():
 # ---------------------------------------------------------------------------------------------------------------------
 # From a take to clips: cut where the face is lost or jumps, one frame rate, face box, the sound of the same time
 
-JUMP = 0.1                                               # interocular distances a frame: no head moves like this ...
-CALM = 3.0                                               # ... while it moves 3 times less just before and after
-
-
-def interocular(points):
-    """Distance of the outer eye corners, (..., 68, 2) -> (...)."""
-    return np.linalg.norm(points[..., 36, :] - points[..., 45, :], axis=-1)
-
-
-def pieces(points, times, step, max_gap):
-    """Indices of the found frames, cut at gaps of more than max_gap frames and at jumps: a list of index arrays.
-
-    A jump is a cut, a ghost or a flip to another face: the middle point moves more than JUMP interocular distances in
-    one frame (of 40 ms or less) and CALM times more than in the ten frames around it, which a fast head does not."""
-    index = np.flatnonzero(np.isfinite(points[:, 0, 0]))
-    if len(index) < 2:
-        return [index]
-    dt = np.diff(times[index])
-    move = np.median(np.linalg.norm(np.diff(points[index], axis=0), axis=-1), axis=-1)
-    move /= np.median(interocular(points[index])) * np.maximum(dt / 0.04, 1)
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(move, 5, mode="edge"), 11)
-    jump = (move > JUMP) & (move > CALM * np.median(around, axis=-1))
-    return np.split(index, np.flatnonzero(jump | (dt > (max_gap + 1.5) * step)) + 1)
-
 
 def make_clips(take, options):
     """-> clips: dicts as the folder stores them, and why pieces were left out (reason -> count)."""
@@ -1097,12 +1074,6 @@ def cut_piece(take, points, times, step, hear, options):
     if not clips:
         raise Skip("silence", f"{heard:.2f} s")
     return clips
-
-
-def face_box(mean):
-    """The square around a clip's mean face (68, 2): its corner (2,) and side, 1.5 times the larger extent."""
-    side = 1.5 * np.ptp(mean, axis=0).max()
-    return (mean.max(0) + mean.min(0)) / 2 - side / 2, side
 
 
 def nothing(reason, detail):

@@ -59,6 +59,7 @@ from media.console import (
     run_command,
     write_atomically,
 )
+from media.landmarks import CURVES, mouth_opening
 from media.sound import SAMPLE_RATE, Mel, read_sound, wav_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1198,16 +1199,6 @@ def stream(args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What sample writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info)
-
-# the lines of a face in the 68-point iBUG layout: (first, last, closed)
-CURVES = [(0, 16, 0), (17, 21, 0), (22, 26, 0), (27, 30, 0), (31, 35, 0)]  # jaw, brows, nose
-CURVES += [(36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]  # eyes, outer and inner lip
-
-
-def mouth_opening(landmarks):
-    """Inner-lip gap over inner-lip width of iBUG landmarks (..., 68, 2) -> (...): our reading of mouth open rate."""
-    gap = np.linalg.norm(landmarks[..., [61, 62, 63], :] - landmarks[..., [67, 66, 65], :], axis=-1).mean(-1)
-    return gap / np.maximum(np.linalg.norm(landmarks[..., 60, :] - landmarks[..., 64, :], axis=-1), 1e-6)
 
 
 def write_npz(path, x, truth, sound, rate, info):

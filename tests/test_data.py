@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
 from media import console
+from media.landmarks import pieces
 from media.sound import Mel
 
 
@@ -230,7 +231,7 @@ def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
     points[300:303] = np.nan                             # a short one: interpolated
     points[500:] += 60                                   # a cut
     fast = np.clip(np.arange(750) - 600, 0, 8)[:, None, None] * [25.0, 0]        # .3 interocular a frame, for 8 frames
-    found = prepare_data.pieces(points + fast, times, 0.04, 5)
+    found = pieces(points + fast, times, 0.04, 5)
     assert [(i[0], i[-1]) for i in found] == [(0, 99), (120, 499), (500, 749)]
     take = {"points": points, "times": times, "wh": [900, 900], "begin": 0.0, "source": "a", "licence": "b",
             "extractor": "c", "sound": sound / 32768}

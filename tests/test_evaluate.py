@@ -12,6 +12,8 @@ import torch
 import evaluate
 import prepare_data
 import talkingflow
+from media import landmarks
+from media.landmarks import lip_points, mouth_opening
 from talkingflow import Clips
 
 FPS = 25
@@ -25,7 +27,7 @@ def faces(N=3, T=40, seed=0):
 
 def moved(track, scale=1.0, turn=0.0, shift=(0.0, 0.0)):
     matrix = scale * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    return (evaluate.points(track) @ matrix.T + np.array(shift)).reshape(track.shape)
+    return (landmarks.points(track) @ matrix.T + np.array(shift)).reshape(track.shape)
 
 
 def test_the_mouth_metrics_ignore_where_how_large_and_how_turned_either_face_is():
@@ -52,35 +54,35 @@ def test_a_still_mouth_has_correlation_zero_and_a_mirrored_one_minus_one():
     x = faces(T=60)
     still = np.repeat(x[:, :1], 60, 1)
     assert np.allclose(evaluate.mouth_correlation(still, x), 0, atol=1e-6)
-    mirrored, gap = x.copy().reshape(*x.shape[:2], 68, 2), talkingflow.mouth_opening(evaluate.points(x))
+    mirrored, gap = x.copy().reshape(*x.shape[:2], 68, 2), mouth_opening(landmarks.points(x))
     width = np.linalg.norm(mirrored[..., 64, :] - mirrored[..., 60, :], axis=-1)
     for upper, lower in ((61, 67), (62, 66), (63, 65)):  # as far open as the truth is closed
         mirrored[..., lower, :] = mirrored[..., upper, :]
         mirrored[..., lower, 1] += (1 - gap) * width
-    assert np.allclose(evaluate.mouth_correlation(evaluate.flat(mirrored), x), -1)
+    assert np.allclose(evaluate.mouth_correlation(landmarks.flat(mirrored), x), -1)
 
 
 def test_landmark_distance_of_a_face_moved_by_its_eye_distance_is_one_at_any_scale():
     x = np.repeat(faces(T=1), 6, 1)
-    y = x + np.tile([1.0, 0.0], 68) * evaluate.interocular(x)[:, None, None]
+    y = x + np.tile([1.0, 0.0], 68) * evaluate.mean_interocular(x)[:, None, None]
     assert np.allclose(evaluate.landmark_distance(y, x), 1)
     assert np.allclose(evaluate.landmark_distance(moved(y, 5), moved(x, 5)), 1)
 
 
 def test_distances_of_lips_do_not_see_the_head():
     x = np.repeat(faces(T=1), 6, 1)
-    eye = evaluate.interocular(x)[:, None, None]
+    eye = evaluate.mean_interocular(x)[:, None, None]
     head = np.cumsum(np.ones((1, 6, 1)), 1) * np.tile([1.0, 0.5], 68) * eye
-    assert np.abs(evaluate.landmark_distance(x + head, x, evaluate.lip_points)).max() < 1e-6
-    assert np.abs(evaluate.velocity_distance(x + head, x, FPS, evaluate.lip_points)).max() < 1e-4
+    assert np.abs(evaluate.landmark_distance(x + head, x, lip_points)).max() < 1e-6
+    assert np.abs(evaluate.velocity_distance(x + head, x, FPS, lip_points)).max() < 1e-4
     apart = np.zeros(136)
     apart[96::4], apart[98::4] = 0.1, -0.1  # every second lip point to the right, the others to the left
-    assert np.allclose(evaluate.landmark_distance(x + apart * eye, x, evaluate.lip_points), 0.1)
+    assert np.allclose(evaluate.landmark_distance(x + apart * eye, x, lip_points), 0.1)
 
 
 def test_velocity_distance_is_zero_for_an_offset_and_the_speed_of_a_drift():
     x = faces()
-    drift = np.arange(x.shape[1])[None, :, None] * np.tile([0.0, 0.01], 68) * evaluate.interocular(x)[:, None, None]
+    drift = np.arange(x.shape[1])[None, :, None] * np.tile([0.0, 0.01], 68) * evaluate.mean_interocular(x)[:, None, None]
     assert np.allclose(evaluate.velocity_distance(x + 0.3, x, FPS), 0)
     assert np.allclose(evaluate.velocity_distance(x + drift, x, FPS), 0.01 * FPS)
 
@@ -158,7 +160,7 @@ def test_velocity_autocorrelation_is_minus_a_half_for_white_noise_and_near_one_f
 
 def test_three_closings_of_the_eyes_in_three_seconds_are_sixty_blinks_a_minute():
     track = np.repeat(prepare_data.Talker().mean[None, None], 75, 1)
-    p = evaluate.points(track)
+    p = landmarks.points(track)
     for start in (10, 30, 60):
         for upper, lower in ((37, 41), (38, 40), (43, 47), (44, 46)):
             p[:, start : start + 4, upper] = p[:, start : start + 4, lower]
@@ -289,7 +291,7 @@ def test_anchor_rows_are_what_they_say(held):
     still, timed = (evaluate.constant_row(over)(held, {})[""].draws[0] for over in ((0, 1), 0))
     assert np.ptp(still, axis=1).max() == 0 and np.ptp(timed, axis=0).max() == 0 and np.ptp(timed, axis=1).max() > 0
     noisy = evaluate.noise_row(held, {})[""]
-    assert abs((noisy.draws - held.x).std() / evaluate.interocular(held.x).mean() - 0.01) < 5e-4
+    assert abs((noisy.draws - held.x).std() / evaluate.mean_interocular(held.x).mean() - 0.01) < 5e-4
     loud, near = (
         evaluate.score(row(held, {})[""], held, None)["columns"]["mouth_r"]["mean"]
         for row in (evaluate.loudness_row, evaluate.nearest_row)
@@ -341,7 +343,7 @@ def test_lu_takes_a_face_apart_and_puts_it_together_and_samples_as_it_trains(hel
     turned = torch.from_numpy(moved(x.mean((0, 1))[None, None].numpy(), 1.2, 0.3, (0.1, 0.2))).float()
     assert (net.mouth(turned) - net.face[net.MOUTH]).abs().max() < 1e-4
     whole = torch.nn.functional.pad(net.face, (0, 1), value=1.0) @ net.pose(turned).view(3, 2)
-    assert (whole - evaluate.points(turned)[0, 0]).abs().max() < 1e-4
+    assert (whole - landmarks.points(turned)[0, 0]).abs().max() < 1e-4
     past, cond = torch.randn(2, 9, 12), net.cond(net.sound(c[:2, :9]))
     at_once, memory = net.head(past, cond, {})[0], {}
     one_by_one = [net.head(past[:, t : t + 1], cond[:, t : t + 1], memory)[0] for t in range(9)]

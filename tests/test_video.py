@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
+from media.landmarks import interocular
 
 VIDEO, READY = ROOT.parent / "shared/data/grid_video", ROOT.parent / "shared/data/grid"
 missing = [name for name in ("av", "mediapipe") if not importlib.util.find_spec(name)]
@@ -116,7 +117,7 @@ def test_video_landmarks_equal_the_ready_made_ones(grid):
                 y = z["landmarks"][:74] * z["wh"]
                 assert np.array_equal(arrays["audio"][clip["audio_start"]:][:47360], z["audio"][:47360])
             found = np.isfinite(y[:, 0, 0])
-            error = np.linalg.norm(x - y, axis=-1)[found] / prepare_data.interocular(y[found])[:, None]
+            error = np.linalg.norm(x - y, axis=-1)[found] / interocular(y[found])[:, None]
             assert error.max() < 0.02, (clip["name"], error.max())
             compared += 1
     assert compared >= 5
@@ -153,7 +154,7 @@ def test_the_larger_face_is_followed_when_there_are_two(tmp_path):
     x = take_of(tmp_path / "two.mp4")["points"]
     side = x[:, :, 0].mean(1) > 360
     assert np.isfinite(x).all() and len(set(side)) == 1                          # never the other one
-    size = [prepare_data.interocular(take_of(VIDEO / n)["points"]).mean() for n in ("s1/bbaf2n.mpg", "s26/bgbsza.mpg")]
+    size = [interocular(take_of(VIDEO / n)["points"]).mean() for n in ("s1/bbaf2n.mpg", "s26/bgbsza.mpg")]
     assert side[0] == (size[1] > size[0])
 
 
@@ -216,8 +217,8 @@ def test_a_face_too_small_for_the_whole_picture_is_found_in_a_part_of_it(tmp_pat
     take = take_of(tmp_path / "far.mp4")
     with np.load(READY / "s1/s1_bbaf2n.npz") as z:
         truth = (z["landmarks"][:25] * z["wh"]) * (0.4, 115 / 288) + (250, 120)
-    error = np.linalg.norm(take["points"] - truth, axis=-1).mean() / prepare_data.interocular(truth).mean()
-    assert prepare_data.interocular(truth).mean() < 27 and error < 0.05  # 26 pixels; 0.02: 1.5 pixels of GRID's
+    error = np.linalg.norm(take["points"] - truth, axis=-1).mean() / interocular(truth).mean()
+    assert interocular(truth).mean() < 27 and error < 0.05  # 26 pixels; 0.02: 1.5 pixels of GRID's
 
 
 def test_a_phone_held_upright_gives_an_upright_face(tmp_path):
