@@ -53,7 +53,7 @@ from torch import nn
 
 import talkingflow
 from media import console
-from media.landmarks import CURVES, flat, lip_points, points
+from media.landmarks import CURVES, EYES, flat, lip_points, points
 from media.sound import Mel, wav_bytes
 from talkingflow import Config, UserError, mouth_opening
 
@@ -61,7 +61,6 @@ from talkingflow import Config, UserError, mouth_opening
 # Metrics. Tracks are (..., T, D) or (..., T, 68, 2), D = 136: x0 y0 x1 y1 ... of the 68 iBUG points. A metric of clips
 # returns one number a clip, (N,), so that `summary` can say how sure its mean is.
 
-LIPS, EYES = slice(48, 68), (36, 45)
 
 
 def mean_interocular(track):

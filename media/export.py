@@ -1,0 +1,113 @@
+"""What `sample` writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info)."""
+
+import base64
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from media.console import UserError
+from media.landmarks import CURVES, mouth_opening
+from media.sound import wav_bytes
+
+
+def write_npz(path, x, truth, sound, rate, info):
+    """landmarks (K, T, 68, 2) float32 and, by name, everything in info."""
+    with open(path, "wb") as f:
+        np.savez(f, landmarks=x, **info)
+
+
+def write_npy(path, x, truth, sound, rate, info):
+    """The landmarks (K, T, 68, 2) float32 alone."""
+    with open(path, "wb") as f:
+        np.save(f, x)
+
+
+def write_csv(path, x, truth, sound, rate, info):
+    """OpenFace's columns, in pixels of the clip's frame, or of a 512-pixel square; face_id is the sample."""
+    (x0, y0, side), points = info["box"], range(x.shape[2])
+    with open(path, "w") as f:
+        names = ["frame", "face_id", "timestamp", "confidence", "success"] + [f"{v}_{i}" for v in "xy" for i in points]
+        f.write(", ".join(names) + "\n")
+        for face, track in enumerate(x):
+            for i, frame in enumerate(track):
+                pixels = [f"{v:.3f}" for v in (x0 + side * frame[:, 0]).tolist() + (y0 + side * frame[:, 1]).tolist()]
+                f.write(", ".join([str(i + 1), str(face), f"{i / info['fps']:.4f}", "1.0", "1", *pixels]) + "\n")
+
+
+def frame_pictures(x, truth, size=240):
+    """Yield one PIL picture a frame: the truth, where known, and the samples side by side."""
+    from PIL import Image, ImageDraw
+
+    size *= 2  # drawn at twice the size, so that the lines come out smooth
+    faces = ([truth] if truth is not None else []) + list(x)
+    low, high = np.nanmin([np.nanmin(f, (0, 1)) for f in faces], 0), np.nanmax([np.nanmax(f, (0, 1)) for f in faces], 0)
+    scale = size * 0.88 / (high - low).max()
+    origin = size / 2 - scale * (low + high) / 2
+    for t in range(x.shape[1]):
+        picture = Image.new("RGB", (size * len(faces), size), "#fbfaf7")
+        pen = ImageDraw.Draw(picture)
+        for i, face in enumerate(faces):
+            points = face[t] * scale + origin + [i * size, 0]
+            if not np.isfinite(points).all():  # the recording shows no face here
+                continue
+            for first, last, closed in CURVES:
+                curve = [tuple(p) for p in points[[*range(first, last + 1), *[first] * closed]]]
+                pen.line(curve, "#b3402a" if first >= 48 else "#22303c" if truth is None or i else "#8a8a8a", 4)
+        yield picture.reduce(2)
+
+
+def write_gif(path, x, truth, sound, rate, info):
+    """A silent, endless loop."""
+    pictures = [picture.quantize(16) for picture in frame_pictures(x, truth)]
+    pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / info["fps"]), loop=0)
+
+
+def write_mp4(path, x, truth, sound, rate, info):
+    """H.264 picture and AAC sound, by ffmpeg: frames go through a pipe, the sound through a file."""
+    if not shutil.which("ffmpeg"):
+        raise UserError("ffmpeg: not found vs needed for .mp4. Install ffmpeg, or write .html (has sound) or .gif")
+    wav = path.with_suffix(".wav")
+    try:
+        wav.write_bytes(wav_bytes(sound, rate))
+        size = f"{480 * (len(x) + (truth is not None))}x480"
+        options = f"-y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {info['fps']} -i - -i".split()
+        options = [*options, str(wav), *"-pix_fmt yuv420p -c:a aac -f mp4".split(), str(path)]
+        # where ffmpeg gives up early, its exit status says more than the broken pipe
+        with contextlib.suppress(BrokenPipeError):
+            with subprocess.Popen(["ffmpeg", *options], stdin=subprocess.PIPE) as process:
+                for picture in frame_pictures(x, truth, 480):
+                    process.stdin.write(picture.tobytes())
+        if process.returncode:
+            raise UserError(f"ffmpeg: exit status {process.returncode} vs 0. See its message above")
+    finally:
+        wav.unlink(missing_ok=True)
+
+
+def write_html(path, x, truth, sound, rate, info):
+    """One self-contained page: faces, sound and controls; nothing is loaded from anywhere."""
+    faces = np.concatenate([truth[None], x]) if truth is not None else x
+    low, high = np.nanmin(faces, (0, 1, 2)), np.nanmax(faces, (0, 1, 2))
+    scaled = (faces - (low + high) / 2) / (high - low).max() * 60000  # int16 over a square that holds every face
+    scaled = np.where(np.isfinite(scaled), scaled.clip(-32767, 32767), -32768)  # the recording shows no face there
+    names = ["recorded face"] * (truth is not None) + [f"sample {i + 1}" for i in range(len(x))]
+    page = {
+        "names": names, "fps": info["fps"], "frames": x.shape[1], "curves": CURVES, "truth": truth is not None,
+        "title": f"{info['audio']} at temperature {info['temperature']:g}", "seed": info["seed"],
+        "points": base64.b64encode(scaled.astype("<i2").tobytes()).decode(),
+        "mouth": [[None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()],
+        "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
+        "wave": [float(np.abs(part, dtype=float).max(initial=0)) / 32768 for part in np.array_split(sound, 600)],
+    }
+    player = (Path(__file__).resolve().parent.parent / "assets" / "player.html").read_text()
+    path.write_text(player.replace("__PAGE__", json.dumps(page).replace("</", "<\\/")))
+
+
+WRITERS = {".html": write_html, ".npz": write_npz, ".csv": write_csv, ".npy": write_npy, ".gif": write_gif}
+
+
+WRITERS[".mp4"] = write_mp4
