@@ -53,9 +53,11 @@ from torch import nn
 
 import talkingflow
 from media import console
-from media.landmarks import CURVES, EYES, flat, lip_points, points
+from media.console import UserError
+from media.landmarks import CURVES, EYES, flat, lip_points, mouth_opening, points
 from media.sound import Mel, wav_bytes
-from talkingflow import Config, UserError, mouth_opening
+from media.talkers import SyntheticFace
+from talkingflow import Config
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics. Tracks are (..., T, D) or (..., T, 68, 2), D = 136: x0 y0 x1 y1 ... of the 68 iBUG points. A metric of clips
@@ -562,9 +564,8 @@ def var_row(order):
 def exact_row(held, job):
     """The synthetic talkers' own distribution: its mean given the sound, and draws from it, with its exact
     likelihood."""
-    import prepare_data
 
-    talker, sound = prepare_data.Talker(), held.articulation()
+    talker, sound = SyntheticFace(), held.articulation()
     mean = talker.mean_given_sound(sound).astype(np.float32)
     rng = np.random.default_rng(held.seed)
     draws = np.stack([talker.draw(sound, rng) for _ in range(held.draws)]).astype(np.float32)
@@ -1123,9 +1124,8 @@ def optimum(held):
     """Exact NLL of each window of the synthetic talkers (N,)."""
     if all(clip["frames"] == held.T for clip, _ in held.windows):
         return np.array([clip["optimal_nll"] for clip, _ in held.windows])
-    import prepare_data
 
-    return prepare_data.Talker().nll(held.x, held.articulation())
+    return SyntheticFace().nll(held.x, held.articulation())
 
 
 def truth_spread(held):

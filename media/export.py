@@ -108,6 +108,4 @@ def write_html(path, x, truth, sound, rate, info):
 
 
 WRITERS = {".html": write_html, ".npz": write_npz, ".csv": write_csv, ".npy": write_npy, ".gif": write_gif}
-
-
 WRITERS[".mp4"] = write_mp4

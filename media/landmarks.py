@@ -4,8 +4,6 @@ import numpy as np
 
 # the lines of a face in the 68-point iBUG layout: (first, last, closed)
 CURVES = [(0, 16, 0), (17, 21, 0), (22, 26, 0), (27, 30, 0), (31, 35, 0)]  # jaw, brows, nose
-
-
 CURVES += [(36, 41, 1), (42, 47, 1), (48, 59, 1), (60, 67, 1)]  # eyes, outer and inner lip
 
 LIPS, EYES = slice(48, 68), (36, 45)

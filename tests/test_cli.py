@@ -18,17 +18,10 @@ import torch
 import prepare_data
 import talkingflow
 from media import console
-from talkingflow import (
-    Clips,
-    Config,
-    Mel,
-    Talker,
-    TalkingFlow,
-    Trainer,
-    UserError,
-    load_checkpoint,
-    mouth_opening,
-)
+from media.console import UserError
+from media.landmarks import mouth_opening
+from media.sound import Mel
+from talkingflow import Clips, Config, Talker, TalkingFlow, Trainer, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))

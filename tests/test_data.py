@@ -17,6 +17,7 @@ import prepare_data
 from media import console
 from media.landmarks import pieces
 from media.sound import Mel
+from media.talkers import NOISE, SyntheticFace, articulate, say, smooth_noise, synthesize
 
 
 def prepare(*args, rc=0):
@@ -44,10 +45,10 @@ def talkers(tmp_path_factory):
 
 
 def test_kalman_likelihood_equals_a_dense_multivariate_normal():
-    talker, rng, T = prepare_data.Talker(), np.random.default_rng(0), 4
-    articulation = prepare_data.articulate(prepare_data.say(3, 12, rng))[:, :T]
+    talker, rng, T = SyntheticFace(), np.random.default_rng(0), 4
+    articulation = articulate(say(3, 12, rng))[:, :T]
     x = talker.draw(articulation, rng)
-    cov = prepare_data.NOISE ** 2 * np.eye(T * 136)
+    cov = NOISE ** 2 * np.eye(T * 136)
     lag = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
     for (pole, std), drawing in zip(talker.dynamics, talker.drawings):
         r = [1.0, 2 * (pole or 1) / (1 + (pole or 1) ** 2)]                     # autocorrelation of the AR(2)
@@ -60,8 +61,8 @@ def test_kalman_likelihood_equals_a_dense_multivariate_normal():
 
 
 def test_exact_sampler_has_the_exact_mean_and_attains_the_optimum():
-    talker, rng = prepare_data.Talker(), np.random.default_rng(1)
-    articulation = np.repeat(prepare_data.articulate(prepare_data.say(1, 40, rng)), 400, axis=0)
+    talker, rng = SyntheticFace(), np.random.default_rng(1)
+    articulation = np.repeat(articulate(say(1, 40, rng)), 400, axis=0)
     x = talker.draw(articulation, rng)
     error = (x.mean(0) - talker.mean_given_sound(articulation[0])) / x.std(0) * 20
     assert np.abs(error).max() < 6 and 0.8 < error.std() < 1.25                 # in standard errors
@@ -69,7 +70,7 @@ def test_exact_sampler_has_the_exact_mean_and_attains_the_optimum():
 
 
 def test_smooth_noise_is_stationary_from_its_first_frame():
-    x = prepare_data.smooth_noise(np.random.default_rng(0), 20000, 12, 0.93)
+    x = smooth_noise(np.random.default_rng(0), 20000, 12, 0.93)
     assert np.abs(x.std(0) - 1).max() < 0.03
     assert np.abs((x[:, 1:] * x[:, :-1]).mean(0) - 2 * 0.93 / (1 + 0.93 ** 2)).max() < 0.03
 
@@ -80,7 +81,7 @@ def test_synthetic_folder_holds_what_its_meta_says(talkers):
     assert arrays["mel"].shape == (40 * 80, 40) and arrays["audio"].shape == (40 * 51200,)
     assert [sum(c["split"] == s for c in meta["clips"]) for s in ("train", "val", "test")] == [32, 4, 4]
     assert all(abs(meta["optimum"][s] - -4.732) < 0.01 for s in meta["optimum"])
-    talker = prepare_data.Talker()
+    talker = SyntheticFace()
     assert np.allclose(meta["modes"], talker.modes) and np.allclose(meta["mean_face"], talker.mean)
     clip = meta["clips"][-1]
     rows = slice(clip["start"], clip["start"] + clip["frames"])
@@ -103,10 +104,10 @@ def test_the_sound_of_a_frame_tells_nothing_of_later_phones():
     phones = np.full((1, 40), 1)
     changed = phones.copy()
     changed[:, 20:] = 3
-    a, b = (prepare_data.speak(p, np.random.default_rng(1)) for p in (phones, changed))
+    a, b = (synthesize(p, np.random.default_rng(1)) for p in (phones, changed))
     ratio = (b / a)[0, 1000:20 * 640]                                            # each is scaled to the same peak
     assert np.abs(ratio / ratio[0] - 1).max() < 1e-3
-    assert np.array_equal(prepare_data.articulate(phones)[:, :20], prepare_data.articulate(changed)[:, :20])
+    assert np.array_equal(articulate(phones)[:, :20], articulate(changed)[:, :20])
 
 
 def test_an_existing_folder_is_kept_unless_forced(talkers):
@@ -123,9 +124,9 @@ def test_an_existing_folder_is_kept_unless_forced(talkers):
 def speech(seconds=3.0, seed=0, fps=25):
     """A synthetic talker as a file would hold it: points (F, 68, 2) in pixels, times (F,), int16 sound."""
     rng = np.random.default_rng(seed)
-    phones = prepare_data.say(1, int(seconds * 25), rng)
-    points = prepare_data.Talker().draw(prepare_data.articulate(phones), rng)[0].reshape(-1, 68, 2) * 200 + 100
-    sound = np.round(prepare_data.speak(phones, rng)[0] * 32767).astype(np.int16)
+    phones = say(1, int(seconds * 25), rng)
+    points = SyntheticFace().draw(articulate(phones), rng)[0].reshape(-1, 68, 2) * 200 + 100
+    sound = np.round(synthesize(phones, rng)[0] * 32767).astype(np.int16)
     times = np.arange(int(seconds * fps)) / fps
     at = np.arange(len(points)) / 25
     points = np.stack([np.interp(times, at, column) for column in points.reshape(-1, 136).T], 1).reshape(-1, 68, 2)

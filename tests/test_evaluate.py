@@ -14,6 +14,7 @@ import prepare_data
 import talkingflow
 from media import landmarks
 from media.landmarks import lip_points, mouth_opening
+from media.talkers import SyntheticFace
 from talkingflow import Clips
 
 FPS = 25
@@ -22,7 +23,7 @@ FPS = 25
 def faces(N=3, T=40, seed=0):
     """Tracks (N, T, 136) of the synthetic talkers."""
     rng = np.random.default_rng(seed)
-    return prepare_data.Talker().draw(0.3 * rng.normal(size=(N, 1, 4)) + 0.1 * rng.normal(size=(N, T, 4)), rng)
+    return SyntheticFace().draw(0.3 * rng.normal(size=(N, 1, 4)) + 0.1 * rng.normal(size=(N, T, 4)), rng)
 
 
 def moved(track, scale=1.0, turn=0.0, shift=(0.0, 0.0)):
@@ -159,7 +160,7 @@ def test_velocity_autocorrelation_is_minus_a_half_for_white_noise_and_near_one_f
 
 
 def test_three_closings_of_the_eyes_in_three_seconds_are_sixty_blinks_a_minute():
-    track = np.repeat(prepare_data.Talker().mean[None, None], 75, 1)
+    track = np.repeat(SyntheticFace().mean[None, None], 75, 1)
     p = landmarks.points(track)
     for start in (10, 30, 60):
         for upper, lower in ((37, 41), (38, 40), (43, 47), (44, 46)):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+from media.console import UserError
 from talkingflow import (
     ActNorm,
     AffineCoupling,
@@ -16,7 +17,6 @@ from talkingflow import (
     InvertibleConv1x1,
     Prior,
     TalkingFlow,
-    UserError,  # fmt: skip
 )
 
 
