@@ -58,6 +58,7 @@ from media.console import (
 )
 from media.export import WRITERS
 from media.sound import SAMPLE_RATE, Mel, read_sound
+from media.video import VIDEOS, read_video_sound, truth_of_video
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every number of a run. The comments are the text of --help.
@@ -1070,15 +1071,14 @@ class Talker:
         return self.speak(np.repeat(self.last, missing, 0))
 
 
-def read_video(path, fps):
+def hear_video(path, fps):
     """A video's sound as one block of `read_sound`, its landmarks (T, 68, 2), NaN where no face is, and their box."""
-    import prepare_data
 
     try:
-        video = prepare_data.truth_of_video(path, fps)
+        video = truth_of_video(path, fps)
         return [(video["sound"], SAMPLE_RATE)], video["landmarks"], video["box"]
     except UserError as e:  # no extractor, no face: the sound is enough to speak
-        blocks = [prepare_data.read_video_sound(path)[:2]]
+        blocks = [read_video_sound(path)[:2]]
         print(f"note: no recorded face beside the samples ({e})", file=sys.stderr)
         return blocks, None, None
 
@@ -1149,11 +1149,10 @@ def sample(args):
         raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
     truth, box = None, None
     if args.audio:
-        import prepare_data
 
         name, blocks = Path(args.audio).name, read_sound(args.audio)
-        if args.audio.lower().endswith(prepare_data.VIDEOS) and Path(args.audio).is_file():
-            blocks, truth, box = read_video(args.audio, data["fps"])
+        if args.audio.lower().endswith(VIDEOS) and Path(args.audio).is_file():
+            blocks, truth, box = hear_video(args.audio, data["fps"])
         x, sound, rate = speak_sound(flow, data, args.audio, blocks, faces, args.temperature, args.seed)
     else:
         clip, truth, mel, sound, rate = held_out(data, args.clip)

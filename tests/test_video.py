@@ -18,7 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
+from media import video
 from media.landmarks import interocular
+from media.video import find_model, read_video_sound, truth_of_video, turned
 
 VIDEO, READY = ROOT.parent / "shared/data/grid_video", ROOT.parent / "shared/data/grid"
 missing = [name for name in ("av", "mediapipe") if not importlib.util.find_spec(name)]
@@ -54,7 +56,7 @@ def pictures(name, n=75):
     import av
     with av.open(str(VIDEO / name)) as container:
         rgb = np.stack([frame.to_ndarray(format="rgb24") for frame, _ in zip(container.decode(video=0), range(n))])
-    return rgb, prepare_data.read_video_sound(VIDEO / name)[0]
+    return rgb, read_video_sound(VIDEO / name)[0]
 
 
 def write_video(path, rgb, times, sound=None, begin=0.0, codec="libx264", quality=None):
@@ -83,9 +85,9 @@ def write_video(path, rgb, times, sound=None, begin=0.0, codec="libx264", qualit
 
 
 def take_of(path, **options):
-    model = prepare_data.find_model("mediapipe", None)
+    model = find_model("mediapipe", None)
     task = {"path": str(path), "part": (0.0, np.inf), "sound": options.pop("sound", ""), "name": path.stem}
-    return prepare_data.read_video(task, OPTIONS | {"model": model} | options)
+    return video.read_video(task, OPTIONS | {"model": model} | options)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,7 @@ def test_other_containers_and_frame_rates_keep_their_times(tmp_path, name, step,
 def test_sound_that_starts_after_the_picture_keeps_its_time(tmp_path):
     rgb, sound = pictures("s1/bbaf2n.mpg", 50)
     write_video(tmp_path / "a.mkv", rgb, np.arange(50) / 25 + 0.033, sound[:24000], begin=0.4)
-    got, rate, begin = prepare_data.read_video_sound(tmp_path / "a.mkv")
+    got, rate, begin = read_video_sound(tmp_path / "a.mkv")
     at = begin + (np.argmax(np.correlate(got, sound[:24000], "full")) - 23999) / rate
     assert abs(at - 0.4) < 0.003 and rate == 16000
     assert abs(take_of(tmp_path / "a.mkv")["times"][0] - 0.033) < 0.002
@@ -243,13 +245,13 @@ def test_a_face_turned_by_more_than_half_a_right_angle_is_a_profile():
     for degrees in range(-80, 81, 10):
         angle = np.radians(degrees)
         seen = np.stack([face[:, 0] * np.cos(angle) + depth * np.sin(angle), face[:, 1]], 1)
-        assert prepare_data.turned(seen) == (abs(degrees) > 45), degrees
+        assert turned(seen) == (abs(degrees) > 45), degrees
 
 
 def test_a_decoder_that_dies_costs_its_own_file_only():
     tasks = [{"path": "crash.mpg", "name": "crash", "part": Crash(), "sound": ""},
              {"path": str(VIDEO / "s1/bbaf2n.mpg"), "name": "good", "part": (0.0, np.inf), "sound": ""}]
-    options = OPTIONS | {"model": prepare_data.find_model("mediapipe", None), "preview": "", "debug": False, "fps": 25,
+    options = OPTIONS | {"model": find_model("mediapipe", None), "preview": "", "debug": False, "fps": 25,
                          "mel": {}, "min_seconds": 1, "smooth": False, "piece": 0}
     got = [(task["name"], result["reason"], len(result["clips"]))
            for task, result in prepare_data.results(tasks, options, 1)]
@@ -287,19 +289,19 @@ def test_a_long_video_is_read_in_parts_that_together_are_the_whole(tmp_path, mon
     rgb, sound = pictures("s1/bbaf2n.mpg")
     rgb, sound = np.concatenate([rgb, rgb[::-1]]), np.concatenate([sound[:48000]] * 2)
     write_video(tmp_path / "long.mp4", rgb, np.arange(150) / 25, sound)
-    monkeypatch.setattr(prepare_data, "TAKE", 2.9)
-    monkeypatch.setattr(prepare_data.os.path, "getsize", lambda path: 10 ** 9)
-    parts = prepare_data.parts_of(tmp_path / "long.mp4")
+    monkeypatch.setattr(video, "TAKE", 2.9)
+    monkeypatch.setattr(video.os.path, "getsize", lambda path: 10 ** 9)
+    parts = video.parts_of(tmp_path / "long.mp4")
     assert [p[0] for p in parts] == [0, 2.9]
-    whole = prepare_data.read_video_sound(tmp_path / "long.mp4")
-    got = [prepare_data.read_video_sound(tmp_path / "long.mp4", part) for part in parts]
+    whole = read_video_sound(tmp_path / "long.mp4")
+    got = [read_video_sound(tmp_path / "long.mp4", part) for part in parts]
     assert abs(sum(len(g[0]) for g in got) - len(whole[0])) < 2200
     at = round((got[1][2] - whole[2]) * 16000)
     assert np.corrcoef(got[1][0][2000:20000], whole[0][at + 2000:at + 20000])[0, 1] > 0.99
     takes = []
     for part in parts:
         task = {"path": str(tmp_path / "long.mp4"), "part": part, "sound": "", "name": "long"}
-        takes.append(prepare_data.read_video(task, OPTIONS | {"model": prepare_data.find_model("mediapipe", None)}))
+        takes.append(video.read_video(task, OPTIONS | {"model": find_model("mediapipe", None)}))
     times = np.concatenate([take["times"] for take in takes])
     assert len(times) == 150 and np.abs(np.diff(times) - 0.04).max() < 0.002
 
@@ -339,7 +341,7 @@ def test_a_folder_of_videos_becomes_a_talking_face(grid, tmp_path):
 
 
 def test_truth_of_a_video_lies_on_the_time_of_its_sound():
-    truth = prepare_data.truth_of_video(VIDEO / "s1/bbaf2n.mpg")
+    truth = truth_of_video(VIDEO / "s1/bbaf2n.mpg")
     with np.load(READY / "s1/s1_bbaf2n.npz") as z:
         y = z["landmarks"] * z["wh"]
     x = truth["landmarks"] * truth["box"][2] + truth["box"][:2]
@@ -356,7 +358,7 @@ def test_a_wrong_model_is_one_clear_line(tmp_path, capsys, args, error):
 
 
 def test_missing_packages_are_told_with_the_line_that_installs_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(video.importlib.util, "find_spec", lambda name: None)
     assert prepare_data.main([str(VIDEO), "--out", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert err == ("error: av: not installed vs needed for videos. pip install av mediapipe && pip install --no-deps "
