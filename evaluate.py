@@ -51,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import prepare_data
 import talkingflow
 from media import console
 from media.console import UserError
@@ -1686,7 +1687,7 @@ def newest_checkpoint(clips):
 def tables(args):
     """`python evaluate.py`: every row, the tables on stdout, results.json and figures in --out."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
-        folder = args.data or talkingflow.default_data(argparse.Namespace(preset="demo"))
+        folder = args.data or prepare_data.default_folder()
     out = Path(args.out or Path("runs") / f"evaluation-{Path(folder).name}")
     held = Held(talkingflow.Clips(folder), args.clips, args.seed, args.draws)
     checkpoint = args.checkpoint or newest_checkpoint(held.clips)

@@ -29,6 +29,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -215,6 +216,18 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=F
     minutes = sum(clip["frames"] for clip in meta["clips"]) / FPS / 60
     return f"{len(meta['clips'])} clips, {minutes:.1f} minutes, 0 skipped; the best possible NLL is " + ", ".join(
         f"{value:.4f} ({split})" for split, value in meta["optimum"].items()) + " nats per coordinate"
+
+
+def default_folder(n_mels=40):
+    """data/synthetic (data/synthetic-80-mels for 80 mel bands), made on first use."""
+    folder = Path("data/synthetic" if n_mels == 40 else f"data/synthetic-{n_mels}-mels")
+    if not (folder / "meta.json").is_file():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{folder}: not there yet, making it (python prepare_data.py synthetic)", flush=True)
+            synthetic(folder, n_mels=n_mels)
+        while not (folder / "meta.json").is_file():  # written last: the other processes of torchrun wait for it
+            time.sleep(1)
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------

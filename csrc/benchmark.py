@@ -18,6 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import talkingflow
+from csrc import gated_conv
+from csrc.gated_conv import load_kernel
 
 #          name               B    C_in  H    T    K  d
 SHAPES = [
@@ -170,7 +172,7 @@ def time_on_gpu(dtype):
         f"cudnn.allow_tf32 is {tf32}: eager float32 convolutions "
         + ("round to TF32 and use tensor cores" if tf32 else "use no tensor cores")
     )
-    kernel = talkingflow.load_kernel()
+    kernel = load_kernel()
     compiled = torch.compile(talkingflow.gated_causal_conv_reference)
     flush = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
     for name, B, C, H, T, K, d in SHAPES:
@@ -186,7 +188,7 @@ def time_on_gpu(dtype):
         candidates = {"eager": (0, talkingflow.gated_causal_conv_reference), "compile": (0, compiled)}
         candidates |= {f"version {v}": (v, kernel) for v in (1, 2, 3) if kernel and (v < 3 or dtype == "bfloat16")}
         for label, (version, function) in candidates.items():
-            talkingflow.KERNEL_VERSION = version
+            gated_conv.KERNEL_VERSION = version
             try:
                 one, two = measure(function, tensors, d, flush)
             except RuntimeError as error:

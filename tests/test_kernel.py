@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import talkingflow
+from csrc import gated_conv
+from csrc.gated_conv import find_toolkit, load_kernel, register_kernel
 from media import console
 from talkingflow import gated_causal_conv_reference as reference
 
@@ -36,7 +38,7 @@ def toolkit():
     """Folder of a CUDA toolkit, or a skip."""
     if torch.version.cuda:
         try:
-            return talkingflow.find_toolkit()
+            return find_toolkit()
         except RuntimeError as error:
             pytest.skip(str(error))
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -83,7 +85,7 @@ def emulated(tmp_path_factory):
         is_python_module=False,
         build_directory=folder,
     )
-    return talkingflow.register_kernel("talkingflow_cpu")
+    return register_kernel("talkingflow_cpu")
 
 
 class Backend:
@@ -98,7 +100,7 @@ def backend(request):
         return Backend("cpu", "talkingflow_cpu", request.getfixturevalue("emulated"))
     if NO_GPU:
         pytest.skip(NO_GPU)
-    kernel = talkingflow.load_kernel()
+    kernel = load_kernel()
     if kernel is None:
         pytest.skip("the kernel could not be built; the warning says why")
     return Backend("cuda", "talkingflow", kernel)
@@ -106,7 +108,7 @@ def backend(request):
 
 @pytest.fixture
 def version(monkeypatch):
-    return lambda number: monkeypatch.setattr(talkingflow, "KERNEL_VERSION", number)
+    return lambda number: monkeypatch.setattr(gated_conv, "KERNEL_VERSION", number)
 
 
 def inputs(B, C, H, T, K, bias=True, cond=True, dtype=torch.float64, device="cpu", seed=0):
@@ -320,7 +322,7 @@ def test_the_choice_of_backend_compiles_without_graph_breaks(emulated, monkeypat
     assert "x.is_cuda" in source
     scope = vars(talkingflow) | {"_kernel": emulated}
     exec(source.replace("x.is_cuda", "x.is_cpu"), scope)  # noqa: S102
-    monkeypatch.setattr(talkingflow, "_kernel", emulated)
+    monkeypatch.setattr(gated_conv, "_kernel", emulated)
     torch._dynamo.reset()
     x, w, b, c = inputs(2, 5, 3, 9, 2, dtype=torch.float32)
     call = torch.compile(lambda x: scope["gated_causal_conv"](x, w, b, c, 2), fullgraph=True, backend="aot_eager")
@@ -427,21 +429,21 @@ def test_a_cpu_never_asks_for_the_kernel(monkeypatch):
 
 def load(monkeypatch, choice=None, **env):
     """load_kernel as a new process would run it: (kernel, warnings)."""
-    monkeypatch.setattr(talkingflow, "_kernel", None)
+    monkeypatch.setattr(gated_conv, "_kernel", None)
     monkeypatch.delenv("TALKINGFLOW_KERNEL", raising=False)
     for name, value in {"TALKINGFLOW_KERNEL": choice, **env}.items():
         if value is not None:
             monkeypatch.setenv(name, str(value))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        kernel = talkingflow.load_kernel()
-        assert talkingflow.load_kernel() is kernel  # and it asks once
+        kernel = load_kernel()
+        assert load_kernel() is kernel  # and it asks once
     return kernel, [str(w.message) for w in caught if "kernel:" in str(w.message)]
 
 
 def test_import_builds_nothing_and_prints_nothing():
     code = (
-        "import sys, talkingflow; assert 'torch.utils.cpp_extension' not in sys.modules and talkingflow._kernel is None"
+        "import sys, talkingflow, csrc.gated_conv; assert 'torch.utils.cpp_extension' not in sys.modules and csrc.gated_conv._kernel is None"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "kernel" not in run.stdout + run.stderr, run.stderr
@@ -469,12 +471,12 @@ def fail_to_build(monkeypatch, tmp_path, **env):
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA: the loader stops before it builds")
 class TestLoaderOfACudaBuild:
     def test_no_toolkit(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(talkingflow, "find_toolkit", lambda: (_ for _ in ()).throw(RuntimeError("no CUDA toolkit")))
+        monkeypatch.setattr(gated_conv, "find_toolkit", lambda: (_ for _ in ()).throw(RuntimeError("no CUDA toolkit")))
         assert "no CUDA toolkit" in fail_to_build(monkeypatch, tmp_path)
 
     def test_no_compiler(self, monkeypatch, tmp_path):
         toolkit()
-        monkeypatch.setattr(talkingflow, "__file__", str(tmp_path / "talkingflow.py"))
+        monkeypatch.setattr(gated_conv, "__file__", str(tmp_path / "csrc" / "gated_conv.py"))
         shutil.copytree(CSRC, tmp_path / "csrc")
         (tmp_path / "csrc" / "gated_conv.cu").write_text("")  # nvcc is not what fails here
         assert "kernel: PyTorch" in fail_to_build(monkeypatch, tmp_path, CXX="/nowhere/g++")
@@ -493,7 +495,7 @@ class TestLoaderOfACudaBuild:
 
     def test_a_failing_build_quotes_the_compiler(self, monkeypatch, tmp_path):
         toolkit()
-        monkeypatch.setattr(talkingflow, "__file__", str(tmp_path / "talkingflow.py"))
+        monkeypatch.setattr(gated_conv, "__file__", str(tmp_path / "csrc" / "gated_conv.py"))
         shutil.copytree(CSRC, tmp_path / "csrc")
         for name in ("gated_conv.cpp", "gated_conv.cu"):
             (tmp_path / "csrc" / name).write_text("#error planted")
@@ -502,7 +504,7 @@ class TestLoaderOfACudaBuild:
     def test_a_wrong_cuda_home_is_passed_over(self, monkeypatch, tmp_path):
         found = toolkit()
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        assert talkingflow.find_toolkit().samefile(found)
+        assert find_toolkit().samefile(found)
 
     def test_a_toolkit_of_pip_wheels_is_found(self, monkeypatch, tmp_path):
         home = tmp_path / "nvidia" / f"cu{torch.version.cuda.split('.')[0]}"
@@ -512,12 +514,12 @@ class TestLoaderOfACudaBuild:
         monkeypatch.setattr(
             Path, "glob", lambda self, *a: [] if str(self) == "/usr/local" else list(self.rglob("libcudart.so*"))
         )
-        monkeypatch.setattr(talkingflow.shutil, "which", lambda name: None)
+        monkeypatch.setattr(gated_conv.shutil, "which", lambda name: None)
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         for name in ("CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(name, raising=False)
         if not Path("/usr/local/cuda/bin/nvcc").exists():
-            assert talkingflow.find_toolkit() == home
+            assert find_toolkit() == home
 
     def test_builds_loads_and_registers_for_cuda_despite_a_stale_lock(self, tmp_path):
         """The real thing, in a new process: torch's cpp_extension compiles csrc/ and the operators are there (30 s)."""
@@ -526,7 +528,7 @@ class TestLoaderOfACudaBuild:
         cache.mkdir()
         (cache / "lock").touch()  # what a killed build leaves
         code = (
-            "import talkingflow, torch; assert talkingflow.load_kernel() is not None\n"
+            "import talkingflow, torch; assert load_kernel() is not None\n"
             "for op in ('gated_conv', 'gated_conv_backward'):\n"
             "    for key in ('CUDA', 'Meta', 'AutogradCUDA', 'AutocastCUDA')[: 4 if op == 'gated_conv' else 1]:\n"
             "        found = torch._C._dispatch_has_computed_kernel_for_dispatch_key('talkingflow::' + op, key)\n"
@@ -639,7 +641,7 @@ def test_a_v100_can_run_it_too(tmp_path):
 
 @needs_gpu
 def test_runs_on_the_current_stream_and_device():
-    kernel = talkingflow.load_kernel()
+    kernel = load_kernel()
     x, w, b, c = inputs(8, 64, 64, 128, 3, dtype=torch.float32, device=f"cuda:{torch.cuda.device_count() - 1}")
     stream = torch.cuda.Stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
@@ -653,7 +655,7 @@ def test_runs_on_the_current_stream_and_device():
 
 @needs_gpu
 def test_is_captured_by_a_cuda_graph():
-    kernel = talkingflow.load_kernel()
+    kernel = load_kernel()
     x, w, b, c = (v.detach() for v in inputs(8, 64, 64, 128, 3, dtype=torch.float32, device="cuda"))
     kernel(x, w, b, c, 2)
     graph = torch.cuda.CUDAGraph()
@@ -670,7 +672,7 @@ def test_compute_sanitizer_is_clean(tool):
     if not shutil.which("compute-sanitizer"):
         pytest.skip("no compute-sanitizer on PATH")
     code = (
-        "import torch, talkingflow; k = talkingflow.load_kernel()\n"
+        "import torch, talkingflow; k = load_kernel()\n"
         "x = torch.randn(2, 9, 70, device='cuda', requires_grad=True)\n"
         "k(x, torch.randn(66, 9, 3, device='cuda'), None, None, 2).sum().backward(); torch.cuda.synchronize()"
     )
