@@ -18,6 +18,8 @@ from media.export import WRITERS
 from media.sound import SAMPLE_RATE, read_sound
 from media.video import VIDEOS, read_video_sound, truth_of_video
 from prepare_data import default_folder
+from study.figures import plot_losses
+from study.metrics import measure, report
 from talkingflow import Clips, Config, Talker, Trainer, choose_device, load_checkpoint, read_checkpoint
 
 
@@ -61,13 +63,11 @@ def train(args):
         print(f"{CLEAR}stopped after step {trainer.step}, saved. "
               f"To go on: python talkingflow.py train --resume --out {out}")
     elif trainer.rank == 0:
-        import evaluate
-
         flow, _ = load_checkpoint(out / "checkpoint.pt", trainer.device)
-        figures = evaluate.measure(flow, clips)
+        figures = measure(flow, clips)
         write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
-        print(evaluate.report(figures))
-        evaluate.plot_losses(out, figures)
+        print(report(figures))
+        plot_losses(out, figures)
         print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
     if trainer.world > 1:
         torch.distributed.destroy_process_group()

@@ -15,6 +15,29 @@ import talkingflow
 from media import landmarks
 from media.landmarks import lip_points, mouth_opening
 from media.talkers import SyntheticFace
+from study import metrics
+from study.metrics import (
+    VectorAutoregression,
+    auc,
+    best_of,
+    blink_rate,
+    energy_score,
+    frechet,
+    frechet_of_moments,
+    l_mor,
+    landmark_distance,
+    mean_interocular,
+    mouth_correlation,
+    pairwise_distance,
+    power_spectrum,
+    roughness,
+    vector_autoregression,
+    velocity_autocorrelation,
+    velocity_distance,
+)
+from study.rating import QUESTIONS, mean_opinion, ratings_needed
+from study.syncnet import SyncNet, sync_offset, sync_score
+from study.systems import SYSTEMS, Lu
 from talkingflow import Clips
 
 FPS = 25
@@ -34,11 +57,11 @@ def moved(track, scale=1.0, turn=0.0, shift=(0.0, 0.0)):
 def test_the_mouth_metrics_ignore_where_how_large_and_how_turned_either_face_is():
     x, y = faces(seed=1), faces(seed=2)
     other = moved(y, 1.7, 0.4, (3, -2))
-    for metric in (evaluate.l_mor, evaluate.mouth_correlation):
+    for metric in (l_mor, mouth_correlation):
         assert np.allclose(metric(x, y), metric(x, other), atol=1e-9) and np.allclose(
             metric(x, y), metric(moved(x, 0.2), other), atol=1e-9
         )
-    assert np.allclose(evaluate.l_mor(x, x), 0) and np.allclose(evaluate.mouth_correlation(x, x), 1)
+    assert np.allclose(l_mor(x, x), 0) and np.allclose(mouth_correlation(x, x), 1)
 
 
 def test_l_mor_of_a_mouth_that_opens_by_a_tenth_of_its_width_is_a_tenth():
@@ -48,44 +71,44 @@ def test_l_mor_of_a_mouth_that_opens_by_a_tenth_of_its_width_is_a_tenth():
         closed[..., [upper, lower], 0] = 0.5 * (i + 1)
     opened = closed.copy()
     opened[..., [65, 66, 67], 1] = 0.2
-    assert np.allclose(evaluate.l_mor(opened.reshape(1, 5, 136), closed.reshape(1, 5, 136)), 0.1)
+    assert np.allclose(l_mor(opened.reshape(1, 5, 136), closed.reshape(1, 5, 136)), 0.1)
 
 
 def test_a_still_mouth_has_correlation_zero_and_a_mirrored_one_minus_one():
     x = faces(T=60)
     still = np.repeat(x[:, :1], 60, 1)
-    assert np.allclose(evaluate.mouth_correlation(still, x), 0, atol=1e-6)
+    assert np.allclose(mouth_correlation(still, x), 0, atol=1e-6)
     mirrored, gap = x.copy().reshape(*x.shape[:2], 68, 2), mouth_opening(landmarks.points(x))
     width = np.linalg.norm(mirrored[..., 64, :] - mirrored[..., 60, :], axis=-1)
     for upper, lower in ((61, 67), (62, 66), (63, 65)):  # as far open as the truth is closed
         mirrored[..., lower, :] = mirrored[..., upper, :]
         mirrored[..., lower, 1] += (1 - gap) * width
-    assert np.allclose(evaluate.mouth_correlation(landmarks.flat(mirrored), x), -1)
+    assert np.allclose(mouth_correlation(landmarks.flat(mirrored), x), -1)
 
 
 def test_landmark_distance_of_a_face_moved_by_its_eye_distance_is_one_at_any_scale():
     x = np.repeat(faces(T=1), 6, 1)
-    y = x + np.tile([1.0, 0.0], 68) * evaluate.mean_interocular(x)[:, None, None]
-    assert np.allclose(evaluate.landmark_distance(y, x), 1)
-    assert np.allclose(evaluate.landmark_distance(moved(y, 5), moved(x, 5)), 1)
+    y = x + np.tile([1.0, 0.0], 68) * mean_interocular(x)[:, None, None]
+    assert np.allclose(landmark_distance(y, x), 1)
+    assert np.allclose(landmark_distance(moved(y, 5), moved(x, 5)), 1)
 
 
 def test_distances_of_lips_do_not_see_the_head():
     x = np.repeat(faces(T=1), 6, 1)
-    eye = evaluate.mean_interocular(x)[:, None, None]
+    eye = mean_interocular(x)[:, None, None]
     head = np.cumsum(np.ones((1, 6, 1)), 1) * np.tile([1.0, 0.5], 68) * eye
-    assert np.abs(evaluate.landmark_distance(x + head, x, lip_points)).max() < 1e-6
-    assert np.abs(evaluate.velocity_distance(x + head, x, FPS, lip_points)).max() < 1e-4
+    assert np.abs(landmark_distance(x + head, x, lip_points)).max() < 1e-6
+    assert np.abs(velocity_distance(x + head, x, FPS, lip_points)).max() < 1e-4
     apart = np.zeros(136)
     apart[96::4], apart[98::4] = 0.1, -0.1  # every second lip point to the right, the others to the left
-    assert np.allclose(evaluate.landmark_distance(x + apart * eye, x, lip_points), 0.1)
+    assert np.allclose(landmark_distance(x + apart * eye, x, lip_points), 0.1)
 
 
 def test_velocity_distance_is_zero_for_an_offset_and_the_speed_of_a_drift():
     x = faces()
-    drift = np.arange(x.shape[1])[None, :, None] * np.tile([0.0, 0.01], 68) * evaluate.mean_interocular(x)[:, None, None]
-    assert np.allclose(evaluate.velocity_distance(x + 0.3, x, FPS), 0)
-    assert np.allclose(evaluate.velocity_distance(x + drift, x, FPS), 0.01 * FPS)
+    drift = np.arange(x.shape[1])[None, :, None] * np.tile([0.0, 0.01], 68) * mean_interocular(x)[:, None, None]
+    assert np.allclose(velocity_distance(x + 0.3, x, FPS), 0)
+    assert np.allclose(velocity_distance(x + drift, x, FPS), 0.01 * FPS)
 
 
 @pytest.mark.parametrize(
@@ -94,68 +117,68 @@ def test_velocity_distance_is_zero_for_an_offset_and_the_speed_of_a_drift():
 def test_energy_score_of_gaussian_draws_is_the_closed_form_crps(spread, expected):
     rng = np.random.default_rng(0)
     truth, draws = rng.normal(size=(400, 50, 1)), spread * rng.normal(size=(16, 400, 50, 1))
-    assert abs(evaluate.energy_score(draws, truth).mean() - expected) < 0.01
-    assert abs(evaluate.energy_score(draws[:4], truth).mean() - expected) < 0.02  # fair: K does not shift it
+    assert abs(energy_score(draws, truth).mean() - expected) < 0.01
+    assert abs(energy_score(draws[:4], truth).mean() - expected) < 0.02  # fair: K does not shift it
 
 
 def test_energy_score_prefers_the_true_spread_and_is_the_distance_for_one_draw():
     rng = np.random.default_rng(0)
     truth, noise = rng.normal(size=(400, 20, 3)), rng.normal(size=(16, 400, 20, 3))
-    scores = {s: evaluate.energy_score(s * noise, truth).mean() for s in (0.5, 1, 2)}
+    scores = {s: energy_score(s * noise, truth).mean() for s in (0.5, 1, 2)}
     assert scores[1] == min(scores.values())
-    assert np.allclose(evaluate.energy_score(noise[:1], truth), np.linalg.norm(noise[0] - truth, axis=-1).mean(-1))
+    assert np.allclose(energy_score(noise[:1], truth), np.linalg.norm(noise[0] - truth, axis=-1).mean(-1))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_coverage_of_a_calibrated_sampler_is_nominal_with_twenty_draws(share):
     rng = np.random.default_rng(0)
     truth, draws = rng.normal(size=(300, 80)), rng.normal(size=(20, 300, 80))
-    assert abs(evaluate.coverage(draws, truth, share).mean() - share) < 0.01
+    assert abs(metrics.coverage(draws, truth, share).mean() - share) < 0.01
     assert (
-        evaluate.coverage(0.3 * draws, truth, share).mean()
+        metrics.coverage(0.3 * draws, truth, share).mean()
         < share - 0.15
         < share
-        < evaluate.coverage(3 * draws, truth, share).mean()
+        < metrics.coverage(3 * draws, truth, share).mean()
     )
 
 
 def test_diversity_of_gaussian_draws_is_the_closed_form_and_of_equal_draws_zero():
     draws = np.random.default_rng(0).normal(size=(20, 50, 40, 1))
-    assert abs(evaluate.pairwise_distance(draws).mean() - 2 / math.sqrt(math.pi)) < 0.02
-    assert evaluate.pairwise_distance(np.repeat(draws[:1], 3, 0)).max() == 0
+    assert abs(pairwise_distance(draws).mean() - 2 / math.sqrt(math.pi)) < 0.02
+    assert pairwise_distance(np.repeat(draws[:1], 3, 0)).max() == 0
 
 
 def test_best_of_is_the_smallest_distance_of_each_clip():
-    assert evaluate.best_of(np.array([[3.0, 1.0], [2.0, 5.0]])).tolist() == [2.0, 1.0]
+    assert best_of(np.array([[3.0, 1.0], [2.0, 5.0]])).tolist() == [2.0, 1.0]
 
 
 def test_frechet_distance_has_its_closed_forms():
     one, rng = np.eye(4), np.random.default_rng(0)
-    assert abs(evaluate.frechet(np.zeros(4), one, np.array([3.0, 0, 4, 0]), one) - 25) < 1e-9
-    assert abs(evaluate.frechet(np.zeros(4), one, np.zeros(4), 9 * one) - 4 * (3 - 1) ** 2) < 1e-9
+    assert abs(frechet(np.zeros(4), one, np.array([3.0, 0, 4, 0]), one) - 25) < 1e-9
+    assert abs(frechet(np.zeros(4), one, np.zeros(4), 9 * one) - 4 * (3 - 1) ** 2) < 1e-9
     A, B = (v @ v.T for v in rng.normal(size=(2, 4, 4)))
     root = np.sqrt(np.linalg.eigvals(A @ B).astype(complex)).real.sum()  # tr (A B)^(1/2), A and B not commuting
-    assert abs(evaluate.frechet(np.zeros(4), A, np.zeros(4), B) - (np.trace(A + B) - 2 * root)) < 1e-6
+    assert abs(frechet(np.zeros(4), A, np.zeros(4), B) - (np.trace(A + B) - 2 * root)) < 1e-6
 
 
 def test_frechet_of_moments_is_frechet_of_the_pooled_frames():
     a, b = np.random.default_rng(0).normal(size=(2, 6, 30, 3)) * [[[[1]]], [[[2]]]]
-    both = np.concatenate([evaluate.moments(a), evaluate.moments(b)], 1).mean(0)
+    both = np.concatenate([metrics.moments(a), metrics.moments(b)], 1).mean(0)
     flat = [v.reshape(-1, 3) for v in (a, b)]
     stats = [s for v in flat for s in (v.mean(0), np.cov(v.T, bias=True))]
-    assert abs(evaluate.frechet_of_moments(both) - evaluate.frechet(*stats)) < 1e-9
+    assert abs(frechet_of_moments(both) - frechet(*stats)) < 1e-9
 
 
 def test_roughness_is_zero_for_a_glide_and_the_acceleration_of_a_parabola():
     t = np.arange(20.0)[None, :, None]
-    assert evaluate.roughness(3 + 2 * t).max() < 1e-12 and np.allclose(evaluate.roughness(0.5 * t**2), 1)
+    assert roughness(3 + 2 * t).max() < 1e-12 and np.allclose(roughness(0.5 * t**2), 1)
 
 
 def test_velocity_autocorrelation_is_minus_a_half_for_white_noise_and_near_one_for_a_glide():
     noise = np.random.default_rng(0).normal(size=(50, 400, 2))
     glide = np.sin(np.arange(400) / 40)[None, :, None]
     assert (
-        abs(evaluate.velocity_autocorrelation(noise) + 0.5) < 0.01 and evaluate.velocity_autocorrelation(glide) > 0.99
+        abs(velocity_autocorrelation(noise) + 0.5) < 0.01 and velocity_autocorrelation(glide) > 0.99
     )
 
 
@@ -165,27 +188,27 @@ def test_three_closings_of_the_eyes_in_three_seconds_are_sixty_blinks_a_minute()
     for start in (10, 30, 60):
         for upper, lower in ((37, 41), (38, 40), (43, 47), (44, 46)):
             p[:, start : start + 4, upper] = p[:, start : start + 4, lower]
-    assert np.allclose(evaluate.blink_rate(p.reshape(1, 75, 136), FPS), 60)
-    assert np.allclose(evaluate.blink_rate(moved(p.reshape(1, 75, 136), 3, 0.5), FPS), 60)
+    assert np.allclose(blink_rate(p.reshape(1, 75, 136), FPS), 60)
+    assert np.allclose(blink_rate(moved(p.reshape(1, 75, 136), 3, 0.5), FPS), 60)
 
 
 def test_the_power_spectrum_of_a_wave_peaks_at_its_frequency():
-    assert evaluate.power_spectrum(np.sin(2 * np.pi * 10 * np.arange(100) / 100)[None, :, None] + 5).argmax() == 10
+    assert power_spectrum(np.sin(2 * np.pi * 10 * np.arange(100) / 100)[None, :, None] + 5).argmax() == 10
 
 
 def test_auc_is_one_half_and_zero_where_it_must_be():
-    assert (evaluate.auc([1, 2], [3, 4]), evaluate.auc([1, 2], [1, 2]), evaluate.auc([3, 4], [1, 2])) == (1.0, 0.5, 0.0)
+    assert (auc([1, 2], [3, 4]), auc([1, 2], [1, 2]), auc([3, 4], [1, 2])) == (1.0, 0.5, 0.0)
 
 
 def test_the_bootstrap_interval_of_a_gaussian_mean_is_that_of_the_textbook_and_the_same_every_time():
     values = np.random.default_rng(0).normal(size=400)
-    s = evaluate.summary(values)
+    s = metrics.summary(values)
     half = 1.96 * values.std() / 20
     assert abs(s["low"] - (values.mean() - half)) < 0.02 and abs(s["high"] - (values.mean() + half)) < 0.02
-    assert s == evaluate.summary(values) and abs(s["sd"] - values.std()) < 1e-12
+    assert s == metrics.summary(values) and abs(s["sd"] - values.std()) < 1e-12
     sums = np.stack([values + 5, np.ones(400)], 1)
-    assert abs(evaluate.summary(sums, evaluate.ratio)["high"] - s["high"] - 5) < 1e-9  # a ratio of sums
-    twice = evaluate.summary(np.repeat(values, 2), clips=np.repeat(np.arange(len(values)), 2))
+    assert abs(metrics.summary(sums, metrics.ratio)["high"] - s["high"] - 5) < 1e-9  # a ratio of sums
+    twice = metrics.summary(np.repeat(values, 2), clips=np.repeat(np.arange(len(values)), 2))
     assert np.allclose([*twice.values()], [*s.values()])  # no news
 
 
@@ -206,13 +229,13 @@ def net(held, tmp_path_factory):
 def test_syncnet_tells_pairs_from_strangers_and_finds_the_offset_of_late_lips(held, net):
     net, facts = net
     mel = held.sync_sound()
-    assert facts["auc"] > 0.95 and evaluate.sync_offset(net, held.x, mel)[0] == 0
+    assert facts["auc"] > 0.95 and sync_offset(net, held.x, mel)[0] == 0
     late = np.concatenate([np.repeat(held.x[:, :1], 4, 1), held.x[:, :-4]], 1)
-    assert evaluate.sync_offset(net, late, mel)[0] == -4  # its sound came four frames earlier
-    scores = [evaluate.sync_score(net, track, mel).mean() for track in (held.x, late, np.roll(held.x, 1, 0))]
+    assert sync_offset(net, late, mel)[0] == -4  # its sound came four frames earlier
+    scores = [sync_score(net, track, mel).mean() for track in (held.x, late, np.roll(held.x, 1, 0))]
     assert scores[0] < 0.4 < scores[1] and scores[0] < 0.4 < scores[2]
     assert np.allclose(
-        evaluate.sync_score(net, moved(held.x, 3, 0, (1, 1)), mel), evaluate.sync_score(net, held.x, mel), atol=1e-3
+        sync_score(net, moved(held.x, 3, 0, (1, 1)), mel), sync_score(net, held.x, mel), atol=1e-3
     )
 
 
@@ -227,7 +250,7 @@ def test_a_syncnet_below_nine_tenths_refuses_to_score(held, tmp_path, monkeypatc
         "sync_steps": 1,
         "size": 8,
     }
-    monkeypatch.setattr(evaluate.SyncNet, "check", lambda *_: {"auc": 0.89, "auc_window": 0.7})
+    monkeypatch.setattr(SyncNet, "check", lambda *_: {"auc": 0.89, "auc_window": 0.7})
     row = evaluate.run_row("late-3", job)["ground truth, 3 frames late"]
     assert "sync" not in row["columns"] and "offset" not in row and "l_mor" in row["columns"]
 
@@ -251,7 +274,7 @@ def test_var_recovers_the_process_and_gives_its_exact_likelihood():
     for t in range(1, T + 60):
         x[:, t] = x[:, t - 1] @ A.T + e[:, t]
     x = x[:, 60:]
-    model = evaluate.VectorAutoregression(x, 1)
+    model = VectorAutoregression(x, 1)
     assert (model.models[1][0][:2].T - A).abs().max() < 0.02
     step = torch.distributions.MultivariateNormal(
         torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
@@ -259,7 +282,7 @@ def test_var_recovers_the_process_and_gives_its_exact_likelihood():
     first = torch.distributions.MultivariateNormal(x[:, 0].mean(0), torch.cov(x[:, 0].T))
     exact = -(first.log_prob(x[:, 0]) + step.log_prob(x[:, 1:] - x[:, :-1] @ A.T).sum(1)) / (T * 2)
     assert abs(model.nll(x) - exact.numpy()).max() < 0.02 and abs(model.nll(x).mean() - float(exact.mean())) < 0.002
-    assert abs(evaluate.vector_autoregression(x, x, 1) - model.nll(x).mean()) < 1e-12
+    assert abs(vector_autoregression(x, x, 1) - model.nll(x).mean()) < 1e-12
 
 
 def test_var_samples_have_the_variance_and_follow_the_sound_of_the_data():
@@ -268,7 +291,7 @@ def test_var_samples_have_the_variance_and_follow_the_sound_of_the_data():
     x = torch.zeros(300, 40, 3)
     for t in range(40):
         x[:, t] = (0.7 * x[:, t - 1] if t else 0) + torch.tensor([2.0, 0, 0]) * s[:, t] + torch.randn(300, 3)
-    model = evaluate.VectorAutoregression(x, 2, s)
+    model = VectorAutoregression(x, 2, s)
     draw = model.sample(s, torch.Generator().manual_seed(0))
     assert np.allclose(draw.std((0, 1)), x.std((0, 1)).numpy(), rtol=0.05)
     assert np.corrcoef(draw[:, 1:, 0].ravel(), s[:, 1:, 0].flatten())[0, 1] > 0.5
@@ -292,7 +315,7 @@ def test_anchor_rows_are_what_they_say(held):
     still, timed = (evaluate.constant_row(over)(held, {})[""].draws[0] for over in ((0, 1), 0))
     assert np.ptp(still, axis=1).max() == 0 and np.ptp(timed, axis=0).max() == 0 and np.ptp(timed, axis=1).max() > 0
     noisy = evaluate.noise_row(held, {})[""]
-    assert abs((noisy.draws - held.x).std() / evaluate.mean_interocular(held.x).mean() - 0.01) < 5e-4
+    assert abs((noisy.draws - held.x).std() / mean_interocular(held.x).mean() - 0.01) < 5e-4
     loud, near = (
         evaluate.score(row(held, {})[""], held, None)["columns"]["mouth_r"]["mean"]
         for row in (evaluate.loudness_row, evaluate.nearest_row)
@@ -321,11 +344,11 @@ def test_a_baseline_coupling_sees_one_frame_only(held):
     assert x.grad[0].abs().sum(1).nonzero().flatten().tolist() == [6]
 
 
-@pytest.mark.parametrize("name", evaluate.SYSTEMS)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_compared_systems_hear_no_later_than_the_common_look_ahead(held, name):
     torch.manual_seed(0)
     x, c, _ = held.training(20)
-    net = evaluate.SYSTEMS[name][1](held, x, c, 8)
+    net = SYSTEMS[name][1](held, x, c, 8)
     net.lead = 2
     net.eval()
     x, c = torch.from_numpy(held.x[:2]), held.sound(2)[:2]
@@ -340,7 +363,7 @@ def test_compared_systems_hear_no_later_than_the_common_look_ahead(held, name):
 def test_lu_takes_a_face_apart_and_puts_it_together_and_samples_as_it_trains(held):
     torch.manual_seed(0)
     x, c, _ = held.training(20)
-    net = evaluate.Lu(held, x, c, 8).eval()
+    net = Lu(held, x, c, 8).eval()
     turned = torch.from_numpy(moved(x.mean((0, 1))[None, None].numpy(), 1.2, 0.3, (0.1, 0.2))).float()
     assert (net.mouth(turned) - net.face[net.MOUTH]).abs().max() < 1e-4
     whole = torch.nn.functional.pad(net.face, (0, 1), value=1.0) @ net.pose(turned).view(3, 2)
@@ -368,7 +391,7 @@ def without_seconds(text):
 def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_again(talkers, tmp_path, capsys):
     brief = ["--data", talkers, "--steps", 2, "--sync-steps", 200, "--clips", 4, "--jobs", 1]
     first, log = tables(capsys, *brief, "--out", tmp_path / "a")
-    assert len(re.findall(r"step +2/2: val loss", log)) == len(evaluate.SYSTEMS)  # as many steps as a flow
+    assert len(re.findall(r"step +2/2: val loss", log)) == len(SYSTEMS)  # as many steps as a flow
     assert len(re.findall(r"step +2/2: train nll", log)) == len(evaluate.FLOWS)
     for name, (_, label, _) in evaluate.ROWS.items():
         assert f"| {label} |" in first or name == "checkpoint", name
@@ -432,7 +455,7 @@ def answers_of(key, rater, score, check=True):
     """What the page would download for a rater whose score of a stimulus is score(label, question)."""
     rows = []
     for trial, (code, about) in enumerate(key["stimuli"].items()):
-        for question in evaluate.QUESTIONS:
+        for question in QUESTIONS:
             answer = {"rater": rater, "set": key["set"], "trial": trial, "kind": "rate", "want": "", "stimulus": code}
             rows.append(answer | {"question": question, "score": score(about["label"], question)})
     rows += [
@@ -491,14 +514,14 @@ def test_the_interval_of_a_mean_opinion_widens_when_scores_hang_together():
     rng = np.random.default_rng(0)
     alike = {r: [3 + bias] * 20 for r, bias in enumerate(rng.choice([-1, 1], 12))}
     apart = {r: list(rng.choice([2, 4], 20)) for r in range(12)}
-    alike, apart = evaluate.mean_opinion(alike), evaluate.mean_opinion(apart)
+    alike, apart = mean_opinion(alike), mean_opinion(apart)
     assert alike["high"] - alike["low"] > 2 * (apart["high"] - apart["low"])
 
 
 def test_the_paper_would_have_needed_861_ratings_a_system():
     assert (
-        abs(evaluate.ratings_needed(3.5921 - 3.4572, 1.0) - 863) <= 2
-        and abs(evaluate.ratings_needed(0.5, 1.0) - 63) <= 1
+        abs(ratings_needed(3.5921 - 3.4572, 1.0) - 863) <= 2
+        and abs(ratings_needed(0.5, 1.0) - 63) <= 1
     )
 
 
