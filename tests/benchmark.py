@@ -1,7 +1,7 @@
 """How fast are the kernels? On a GPU: every version against eager and compiled PyTorch, with GB/s and FLOP/s beside
 the roofline. Without one: what the compiler says (registers, spills, shared memory, occupancy, instructions).
 
-    python csrc/benchmark.py [--dtype float32|bfloat16] [--arch 80,90]
+    python tests/benchmark.py [--dtype float32|bfloat16] [--arch 80,90]
 """
 
 import argparse
