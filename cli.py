@@ -35,33 +35,44 @@ def train(args):
         config = Config(**state["config"])
         for name, value in args.config.items():
             if name not in ("steps", "eval_interval") and getattr(config, name) != value:
-                raise UserError(f"{name}: {value} vs {getattr(config, name)} in {out}. "
-                                "Leave it out, or start a new run")
+                raise UserError(
+                    f"{name}: {value} vs {getattr(config, name)} in {out}. Leave it out, or start a new run"
+                )
         config = dataclasses.replace(config, **args.config)
         if clips.meta["fingerprint"] != state["data"]["fingerprint"]:
-            raise UserError(f"{clips.folder}: other data vs what {out} was trained on. "
-                            "Start a new run without --resume")
+            raise UserError(
+                f"{clips.folder}: other data vs what {out} was trained on. Start a new run without --resume"
+            )
         if state["step"] >= config.steps > 0:
-            raise UserError(f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps")
+            raise UserError(
+                f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps"
+            )
     else:
         state, clips = None, Clips(args.data or default_folder(Config.preset(args.preset).cond_dim))
         config = configure(args, clips)
         number = 1 + max([int(p.name[:3]) for p in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
         out = Path(args.out or f"runs/{number:03d}-{args.preset}-{clips.folder.name}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
-            raise UserError(f"{out}: exists already vs a new folder. Choose another --out, or --resume it, or --force")
+            raise UserError(
+                f"{out}: exists already vs a new folder. Choose another --out, or --resume it, or --force"
+            )
     trainer = Trainer(config, clips, out, args.device, state)
     if trainer.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not state:
             (out / "log.jsonl").write_text("")
-        print(f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} "
-              f"training clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} "
-              f"on {trainer.device}", flush=True)
+        print(
+            f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} "
+            f"training clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} "
+            f"on {trainer.device}",
+            flush=True,
+        )
     signalled = trainer.run()
     if signalled and trainer.rank == 0:
-        print(f"{CLEAR}stopped after step {trainer.step}, saved. "
-              f"To go on: python talkingflow.py train --resume --out {out}")
+        print(
+            f"{CLEAR}stopped after step {trainer.step}, saved. "
+            f"To go on: python talkingflow.py train --resume --out {out}"
+        )
     elif trainer.rank == 0:
         flow, _ = load_checkpoint(out / "checkpoint.pt", trainer.device)
         figures = measure(flow, clips)
@@ -78,11 +89,15 @@ def configure(args, clips):
     """The preset, then what the data asks for, then the flags."""
     asked = clips.meta["defaults"]  # lead and noise; the synthetic talkers also ask for dropout and steps
     wanted = {name: asked[name] for name in asked if args.preset == "demo" or name in ("lead", "noise")}
-    wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim} | ({"steps": 0} if "epochs" in args.config else {})
+    wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim} | (
+        {"steps": 0} if "epochs" in args.config else {}
+    )
     for name in ("dim", "cond_dim"):
         if args.config.get(name, wanted[name]) != wanted[name]:
-            raise UserError(f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. "
-                            "Leave the flag out, or prepare the data with other settings")
+            raise UserError(
+                f"{name}: {args.config[name]} vs {wanted[name]} in {clips.folder}. "
+                "Leave the flag out, or prepare the data with other settings"
+            )
     return dataclasses.replace(Config.preset(args.preset), **(wanted | args.config))
 
 
@@ -107,15 +122,20 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
         if talker is None:
             talker = Talker(flow, data, rate, faces, temperature, seed)
             if rate / 2 < data["mel"]["fmax"]:
-                print(f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; "
-                      f"the model has learned from up to {data['mel']['fmax']:.0f} Hz", file=sys.stderr)
+                print(
+                    f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; "
+                    f"the model has learned from up to {data['mel']['fmax']:.0f} Hz",
+                    file=sys.stderr,
+                )
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
         if not talker.mel.level:
             parts.append(talker.push(block))
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
     if not len(sound) or len(sound) * data["fps"] < rate:
-        raise UserError(f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. "
-                        "Use a longer sound")
+        raise UserError(
+            f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. "
+            "Use a longer sound"
+        )
     if talker.mel.level:  # needs the whole sound before the first frame
         columns = talker.mel.columns(sound / np.float32(32768))
         parts = [talker.speak(block) for block in np.array_split(columns, len(columns) // 512 + 1)]
@@ -126,24 +146,32 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
 def held_out(data, name):
     """A clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
     if not (Path(data["folder"]) / "meta.json").is_file():
-        raise UserError("training clips: not on this machine vs a held-out one to speak. Pass --audio, or train here")
+        raise UserError(
+            "training clips: not on this machine vs a held-out one to speak. Pass --audio, or train here"
+        )
     clips = Clips(data["folder"])
     if clips.meta["mel"] != data["mel"]:
-        raise UserError(f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. "
-                        "Prepare the data again as it was")
+        raise UserError(
+            f"{clips.folder}: mel {clips.meta['mel']} vs {data['mel']} in the checkpoint. "
+            "Prepare the data again as it was"
+        )
     choices = clips.split("test") or clips.split("val")
     if name:
         choices = [clip for clip in clips.clips if clip["name"] == name]
     if not choices:
-        raise UserError(f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. "
-                        "See names in meta.json, or pass --audio")
+        raise UserError(
+            f"{clips.folder}: no clip {name or 'held out'} vs {len(clips.clips)} clips. "
+            "See names in meta.json, or pass --audio"
+        )
     clip = choices[0]
     rows = slice(clip["start"], clip["start"] + clip["frames"])
     sound = clips.audio[clip["audio_start"] : clip["audio_start"] + clip["audio_samples"]]
     return clip, clips.landmarks[rows], clips.mel[rows], np.array(sound), clips.meta["sample_rate"]
 
 
-PRETRAINED = Path(__file__).parent / "pretrained" / "grid-s1.pt"  # one man's voice and face: see the card beside it
+PRETRAINED = (
+    Path(__file__).parent / "pretrained" / "grid-s1.pt"
+)  # one man's voice and face: see the card beside it
 
 
 def find_checkpoint(args):
@@ -164,7 +192,6 @@ def sample(args):
         raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
     truth, box = None, None
     if args.audio:
-
         name, blocks = Path(args.audio).name, read_sound(args.audio)
         if args.audio.lower().endswith(VIDEOS) and Path(args.audio).is_file():
             blocks, truth, box = hear_video(args.audio, data["fps"])
@@ -175,15 +202,25 @@ def sample(args):
         talker = Talker(flow, data, rate, faces, args.temperature, args.seed)
         x = np.concatenate([talker.speak(np.array(mel)), talker.finish()], 1)
     if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
-        raise UserError(f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. "
-                        "Train longer, or lower --temperature")
+        raise UserError(
+            f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. "
+            "Train longer, or lower --temperature"
+        )
     x = x.reshape(faces, -1, 68, 2).astype(np.float32)
-    info = {"fps": data["fps"], "layout": data["layout"], "seed": args.seed, "temperature": args.temperature,
-            "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(), "audio": name,
-            "box": box or [0.0, 0.0, 512.0]}
+    info = {
+        "fps": data["fps"],
+        "layout": data["layout"],
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "audio": name,
+        "box": box or [0.0, 0.0, 512.0],
+    }
     write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
-    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) "
-          f"for {name}")
+    print(
+        f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) "
+        f"for {name}"
+    )
     return 0
 
 
@@ -203,8 +240,9 @@ def stream(args):
             print(json.dumps({"frame": frame, "time": seconds, "landmarks": points}), flush=True)
             frame += 1
     if not frame:
-        raise UserError(f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. "
-                        "Pipe in more")
+        raise UserError(
+            f"standard input: under one frame of sound vs raw 16-bit mono PCM at {args.rate} Hz. Pipe in more"
+        )
     return 0
 
 
@@ -218,8 +256,14 @@ def add_config_flags(parser):
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
         shown = ",".join(map(str, field.default)) if kind is tuple else field.default
         text = f"{comments[field.name]} [demo: {shown}]".replace("%", "%%")
-        group.add_argument(*sorted(flags, reverse=True), dest=f"config.{field.name}", type=convert, help=text,
-                           metavar=kind.__name__, default=argparse.SUPPRESS)
+        group.add_argument(
+            *sorted(flags, reverse=True),
+            dest=f"config.{field.name}",
+            type=convert,
+            help=text,
+            metavar=kind.__name__,
+            default=argparse.SUPPRESS,
+        )
 
 
 def numbers(text):
@@ -243,12 +287,19 @@ def build_parser():
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     voice = argparse.ArgumentParser(add_help=False)
-    voice.add_argument("--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]")
-    voice.add_argument("--temperature", type=bounded(float, 0, 10), default=1.0,
-                       help="of the noise; 0: the central track [1]")
+    voice.add_argument(
+        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]"
+    )
+    voice.add_argument(
+        "--temperature",
+        type=bounded(float, 0, 10),
+        default=1.0,
+        help="of the noise; 0: the central track [1]",
+    )
 
-    p = commands.add_parser("train", parents=[shared], help="train a flow",
-                            description="Train a flow on a prepared folder.")
+    p = commands.add_parser(
+        "train", parents=[shared], help="train a flow", description="Train a flow on a prepared folder."
+    )
     p.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
     p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
     p.add_argument("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
@@ -257,21 +308,36 @@ def build_parser():
     add_config_flags(p)
     p.set_defaults(run=train)
 
-    p = commands.add_parser("sample", parents=[shared, voice], help="make faces speak a sound",
-                            description="Sample landmarks for a sound, or for a held-out clip of the training data.")
+    p = commands.add_parser(
+        "sample",
+        parents=[shared, voice],
+        help="make faces speak a sound",
+        description="Sample landmarks for a sound, or for a held-out clip of the training data.",
+    )
     p.add_argument("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
     p.add_argument("--clip", help="name of a clip in the training folder [the first held-out one]")
-    p.add_argument("--num-samples", type=bounded(int, 1, 64), default=3, help="faces, each with its own noise [3]")
-    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0,
-                   help="of the first face; the next ones count up [0]")
-    p.add_argument("--out",
-                   help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the checkpoint]")
+    p.add_argument(
+        "--num-samples", type=bounded(int, 1, 64), default=3, help="faces, each with its own noise [3]"
+    )
+    p.add_argument(
+        "--seed", type=bounded(int, 0, 2**62), default=0, help="of the first face; the next ones count up [0]"
+    )
+    p.add_argument(
+        "--out",
+        help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the checkpoint]",
+    )
     p.add_argument("--force", action="store_true", help="overwrite --out")
     p.set_defaults(run=sample)
 
-    p = commands.add_parser("stream", parents=[shared, voice], help="speak live",
-                            description="Raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as it arrives.")
-    p.add_argument("--rate", type=bounded(int, 4000, 384000), default=16000, help="sample rate of the PCM, Hz [16000]")
+    p = commands.add_parser(
+        "stream",
+        parents=[shared, voice],
+        help="speak live",
+        description="Raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as it arrives.",
+    )
+    p.add_argument(
+        "--rate", type=bounded(int, 4000, 384000), default=16000, help="sample rate of the PCM, Hz [16000]"
+    )
     p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
     p.set_defaults(run=stream)
     return parser

@@ -94,21 +94,33 @@ class Held:
     def __init__(self, clips, limit=64, seed=0, draws=20):
         self.clips, self.seed, self.draws, self.fps = clips, seed, draws, clips.fps
         self.config = dataclasses.replace(
-            Config(), **{"dim": clips.dim, "cond_dim": clips.cond_dim} | clips.meta.get("defaults", {}), seed=seed)
-        self.T, self.lead, self.noise = clips.window_length(self.config.seq_len), self.config.lead, self.config.noise
+            Config(),
+            **{"dim": clips.dim, "cond_dim": clips.cond_dim} | clips.meta.get("defaults", {}),
+            seed=seed,
+        )
+        self.T, self.lead, self.noise = (
+            clips.window_length(self.config.seq_len),
+            self.config.lead,
+            self.config.noise,
+        )
         self.split = "test" if clips.windows("test", self.T) else "val"
         self.windows = clips.windows(self.split, self.T, limit)
         if len(self.windows) < 2:
-            raise UserError(f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. "
-                            "Prepare more clips")
-        self.hear = Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps,
-                                    sample_rate=clips.meta["sample_rate"])
+            raise UserError(
+                f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. "
+                "Prepare more clips"
+            )
+        self.hear = Mel(SyncNet.BANDS, window=0.025, fps=4 * self.fps, sample_rate=clips.meta["sample_rate"])
         self.columns = {}
-        self.x = clips.batch(self.windows, self.T, 0, self.noise, torch.Generator().manual_seed(seed))[0].numpy()
+        self.x = clips.batch(self.windows, self.T, 0, self.noise, torch.Generator().manual_seed(seed))[
+            0
+        ].numpy()
         self.speakers = [clip["speaker"] for clip, _ in self.windows]
         self.names, N = [clip["name"] for clip, _ in self.windows], len(self.windows)
-        self.other = [next((j % N for j in range(i - 1, i - N, -1) if self.names[j] != name), i - 1)
-                      for i, name in enumerate(self.names)]  # for each window, one of another clip
+        self.other = [
+            next((j % N for j in range(i - 1, i - N, -1) if self.names[j] != name), i - 1)
+            for i, name in enumerate(self.names)
+        ]  # for each window, one of another clip
         self.strangers = not set(self.speakers) & {clip["speaker"] for clip in clips.split("train")}
         self.device = talkingflow.choose_device("auto")
 
@@ -136,7 +148,9 @@ class Held:
         """x (n, T, D) and c (n, T, M) of up to `limit` training windows, and the windows."""
         T = T or self.T
         windows = self.clips.windows("train", T, limit)
-        x, c = self.clips.batch(windows, T, self.lead, self.noise, torch.Generator().manual_seed(self.seed + 1))
+        x, c = self.clips.batch(
+            windows, T, self.lead, self.noise, torch.Generator().manual_seed(self.seed + 1)
+        )
         return x, c, windows
 
     def articulation(self):
@@ -181,9 +195,14 @@ class SoundFeatures:
 
 def shifted(frames):
     """The truth, `frames` frames late: what a row loses by bad timing alone."""
+
     def row(held, job):
         x = held.x
-        return {"": Outcome(np.concatenate([np.repeat(x[:, :1], frames, 1), x[:, : x.shape[1] - frames]], 1)[None])}
+        return {
+            "": Outcome(
+                np.concatenate([np.repeat(x[:, :1], frames, 1), x[:, : x.shape[1] - frames]], 1)[None]
+            )
+        }
 
     return row
 
@@ -196,6 +215,7 @@ def wrong_clip_row(held, job):
 
 def constant_row(over):
     """The training mean over the axes `over` of (N, T, D): the mean face, or the time-mean track, without sound."""
+
     def row(held, job):
         x = held.training(1000)[0].numpy()
         return {"": Outcome(np.broadcast_to(x.mean(over, keepdims=True), held.x.shape)[None].copy())}
@@ -234,12 +254,16 @@ def nearest_row(held, job):
     x, c, _ = held.training(500)
     feature = SoundFeatures(c)
     bank, faces = feature(c).flatten(0, 1), x.flatten(0, 1)
-    near = [torch.cdist(block, bank).argmin(1) for block in feature(held.sound(held.lead)).flatten(0, 1).split(512)]
+    near = [
+        torch.cdist(block, bank).argmin(1)
+        for block in feature(held.sound(held.lead)).flatten(0, 1).split(512)
+    ]
     return {"": Outcome(faces[torch.cat(near)].view(held.x.shape).numpy()[None])}
 
 
 def var_row(order):
     """A vector autoregression of this order with sound: the linear line that a deep model must beat."""
+
     def row(held, job):
         clock = time.perf_counter()
         x, c, _ = held.training(2000)
@@ -247,9 +271,17 @@ def var_row(order):
         model, s = VectorAutoregression(x, order, feature(c)), feature(held.sound(held.lead))
         trained, generator = time.perf_counter(), torch.Generator().manual_seed(held.seed)
         draws = np.stack([model.sample(s, generator) for _ in range(held.draws)])
-        return {"": Outcome(draws, model.sample(s, generator, 0.0), model.nll(truth, s),
-                            model.nll(truth, s[held.other]), trained - clock, time.perf_counter() - trained,
-                            sum(A.numel() + chol.tril().count_nonzero().item() for A, chol in model.models))}
+        return {
+            "": Outcome(
+                draws,
+                model.sample(s, generator, 0.0),
+                model.nll(truth, s),
+                model.nll(truth, s[held.other]),
+                trained - clock,
+                time.perf_counter() - trained,
+                sum(A.numel() + chol.tril().count_nonzero().item() for A, chol in model.models),
+            )
+        }
 
     return row
 
@@ -271,11 +303,21 @@ def exact_row(held, job):
 # start)
 
 FLOWS = {  # name: (label, changes). One scale has one lambda, and as many steps as make up about the same parameters
-    "baseline": ("Baseline: one scale, frame-wise nets, iid",
-                 {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 8, "kernel_size": 1, "dilations": (1,) * 4,
-                  "prior": "iid"}),
-    "tcn": ("+ ConditionTCN: one scale, iid", {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 6,
-                                               "prior": "iid"}),
+    "baseline": (
+        "Baseline: one scale, frame-wise nets, iid",
+        {
+            "num_scales": 1,
+            "lambdas": (1.0,),
+            "steps_per_scale": 8,
+            "kernel_size": 1,
+            "dilations": (1,) * 4,
+            "prior": "iid",
+        },
+    ),
+    "tcn": (
+        "+ ConditionTCN: one scale, iid",
+        {"num_scales": 1, "lambdas": (1.0,), "steps_per_scale": 6, "prior": "iid"},
+    ),
     "iid": ("full, iid prior (the paper's)", {"prior": "iid"}),
     "ar2-no-mean": ("full, ar2 without mean from sound", {"prior_mean": False}),
     "ar2": ("full, ar2", {}),
@@ -304,10 +346,12 @@ def learn_lambdas(trainer):
 
 def flow_row(name):
     """A TalkingFlow trained with the changes FLOWS[name], sampled at temperature 1 and 0."""
+
     def row(held, job):
         out, clips = job["out"] / "rows" / name, silenced(held.clips) if name == "no-audio" else held.clips
-        config = dataclasses.replace(held.config, **FLOWS[name][1], steps=job["steps"],
-                                     eval_interval=max(1, job["steps"] // 4))
+        config = dataclasses.replace(
+            held.config, **FLOWS[name][1], steps=job["steps"], eval_interval=max(1, job["steps"] // 4)
+        )
         done = {"config": repr(config), "data": clips.meta["fingerprint"], "code": code_digest()}
         finished = json.loads((out / "done.json").read_text()) if (out / "done.json").is_file() else {}
         if finished.get("of") != done:  # trained weights outlive a change of --clips or --draws
@@ -322,7 +366,9 @@ def flow_row(name):
             finished = {"of": done, "seconds": time.perf_counter() - clock}
             (out / "done.json").write_text(json.dumps(finished))
         flow, _ = talkingflow.load_checkpoint(out / "checkpoint.pt", held.device)
-        return score_flow(flow, held, finished["seconds"], with_central=name in ("ar2", "iid"), deaf=name == "no-audio")
+        return score_flow(
+            flow, held, finished["seconds"], with_central=name in ("ar2", "iid"), deaf=name == "no-audio"
+        )
 
     return row
 
@@ -334,10 +380,14 @@ def checkpoint_row(held, job):
     wanted = {key: held.clips.meta[key] for key in ("mel", "fps", "normalisation")}
     found = {key: state["data"][key] for key in wanted}
     if found != wanted or flow.config.dim != held.clips.dim:
-        raise UserError(f"{job['checkpoint']}: {found} vs {wanted} in {held.clips.folder}. "
-                        "Evaluate it on data prepared as its own, or pass another --checkpoint")
+        raise UserError(
+            f"{job['checkpoint']}: {found} vs {wanted} in {held.clips.folder}. "
+            "Evaluate it on data prepared as its own, or pass another --checkpoint"
+        )
     if state["data"]["fingerprint"] != held.clips.meta["fingerprint"]:
-        print(f"{job['checkpoint']} was trained on another folder: if it saw any of these clips, its row is too good")
+        print(
+            f"{job['checkpoint']} was trained on another folder: if it saw any of these clips, its row is too good"
+        )
     return score_flow(flow, held, None, with_central=True)
 
 
@@ -358,8 +408,16 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
     residual = (torch.cat(zs, 2) - flow.prior_mean(sound.to(device))).cpu()
     stds = [residual[..., part].std().item() for part in torch.arange(flow.config.dim).split(flow.sizes)]
     lambdas = [part.mean().item() for part in flow.prior.variance.cpu().split(flow.sizes)]
-    whole = Outcome(draws, central, nll(sound), nll(sound[held.other]), seconds, spent,
-                    sum(p.numel() for p in flow.parameters()), {"std": stds, "lambda": lambdas})
+    whole = Outcome(
+        draws,
+        central,
+        nll(sound),
+        nll(sound[held.other]),
+        seconds,
+        spent,
+        sum(p.numel() for p in flow.parameters()),
+        {"std": stds, "lambda": lambdas},
+    )
     return {"": whole} | ({", temperature 0": Outcome(central[None])} if with_central else {})
 
 
@@ -369,6 +427,7 @@ def score_flow(flow, held, seconds, with_central, deaf=False):
 
 def system_row(name):
     """A compared system, trained for as many steps as a flow; Lu et al.'s random head is drawn at sigma 0 too."""
+
     def row(held, job):
         torch.manual_seed(held.seed)
         x, c, _ = held.training(500)
@@ -376,14 +435,20 @@ def system_row(name):
         clock = time.perf_counter()
         fit(net, held, job["steps"], held.seed)
         trained, generator = time.perf_counter(), torch.Generator().manual_seed(held.seed)
-        given = [torch.from_numpy(held.x).to(held.device), held.sound(held.lead).to(held.device),
-                 columns_for(net, held, held.windows, held.T)]
+        given = [
+            torch.from_numpy(held.x).to(held.device),
+            held.sound(held.lead).to(held.device),
+            columns_for(net, held, held.windows, held.T),
+        ]
         with torch.no_grad():
             draws = net.draw(*given, held.draws, generator).cpu().numpy()
             spent = time.perf_counter() - trained
             central = net.draw(*given, 1, generator, 0.0)[0].cpu().numpy() if name == "lu" else None
-        return {"": Outcome(draws, central, None, None, trained - clock, spent,
-                            sum(p.numel() for p in net.parameters()))}
+        return {
+            "": Outcome(
+                draws, central, None, None, trained - clock, spent, sum(p.numel() for p in net.parameters())
+            )
+        }
 
     return row
 
@@ -438,7 +503,9 @@ def score(outcome, held, net):
         columns["coverage90"] = over(coverage(mouths, mouth, 0.9))
         columns["spread"] = over(pairwise_distance(outcome.draws) / io / 68**0.5)
         columns["spread_lips"] = over(pairwise_distance(flat(lip_points(outcome.draws))) / io / 20**0.5)
-        columns["best"] = over(best_of(np.stack([landmark_distance(v, x, lip_points) for v in outcome.draws])))
+        columns["best"] = over(
+            best_of(np.stack([landmark_distance(v, x, lip_points) for v in outcome.draws]))
+        )
     both = np.concatenate([moments(motion_features(v, x)) for v in (first, x)], 1)
     columns["frechet"] = over(both, frechet_of_moments, draws=200)
     head, true_head = points(first).mean(2), points(x).mean(2)
@@ -446,13 +513,21 @@ def score(outcome, held, net):
     columns["jitter_mouth"] = over(np.stack([roughness(mouths[0]), roughness(mouth)], 1), ratio)
     columns["velocity"] = over(velocity_products(head), ratio)
     columns["blinks"] = over(blink_rate(first, fps))
-    row = {"columns": columns, "train_seconds": outcome.train_seconds, "parameters": outcome.parameters,
-           "latents": outcome.latents, "draws": len(outcome.draws),
-           "sample_seconds": outcome.sample_seconds and outcome.sample_seconds * fps / mouths.size,
-           "spectrum": power_spectrum(head / unit).tolist(), "mouths": mouths[:20, :8].round(4).tolist()}
+    row = {
+        "columns": columns,
+        "train_seconds": outcome.train_seconds,
+        "parameters": outcome.parameters,
+        "latents": outcome.latents,
+        "draws": len(outcome.draws),
+        "sample_seconds": outcome.sample_seconds and outcome.sample_seconds * fps / mouths.size,
+        "spectrum": power_spectrum(head / unit).tolist(),
+        "mouths": mouths[:20, :8].round(4).tolist(),
+    }
     if held.strangers:
-        groups = [[i for i, name in enumerate(held.speakers) if name == speaker]
-                  for speaker in sorted(set(held.speakers))]
+        groups = [
+            [i for i, name in enumerate(held.speakers) if name == speaker]
+            for speaker in sorted(set(held.speakers))
+        ]
         row["mouth_r_by_speaker"] = float(np.mean([mouth_correlation(first[g], x[g]).mean() for g in groups]))
     if net is not None:
         row["offset"], row["confidence"] = sync_offset(net, first, held.sync_sound())
@@ -497,7 +572,9 @@ def code_digest():
     """Of every file whose change can change a row: a cached row of other code is made anew."""
     root = Path(__file__).resolve().parent
     rooms = ("*.py", "media/*.py", "study/*.py", "csrc/gated_conv.*")
-    return hashlib.sha256(b"".join(f.read_bytes() for room in rooms for f in sorted(root.glob(room)))).hexdigest()
+    return hashlib.sha256(
+        b"".join(f.read_bytes() for room in rooms for f in sorted(root.glob(room)))
+    ).hexdigest()
 
 
 def run_row(name, job):
@@ -546,32 +623,68 @@ def run_rows(names, job, jobs):
             except BaseException:  # Ctrl-C or a row that cannot be: the rows that wait are not started
                 pool.shutdown(cancel_futures=True)
                 raise
-    return {label: row | {"group": ROWS[name][0], "name": name}
-            for name, rows in zip(names, found, strict=True) for label, row in rows.items()}
+    return {
+        label: row | {"group": ROWS[name][0], "name": name}
+        for name, rows in zip(names, found, strict=True)
+        for label, row in rows.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
 TABLES = [  # title, [(heading, column, digits, what follows the mean: "sd", "interval" or "")]
-    ("The paper's columns, one draw: mean ± standard deviation over clips [95 % interval of the mean]",
-     [("NLL", "nll", 4, "interval"), ("gap", "gap", 4, ""), ("audio gain", "gain", 2, "interval"),
-      ("SyncNet ↓", "sync", 3, "both"), ("offset", "offset", 0, ""), ("L_MOR ↓", "l_mor", 4, "both"),
-      ("mouth r", "mouth_r", 2, "interval")]),
-    ("One draw, the mean of the draws, temperature 0: three different questions",
-     [(f"{heading} {kind}", column + suffix, digits, "") for heading, column, digits in
-      (("SyncNet", "sync", 3), ("L_MOR", "l_mor", 4), ("mouth r", "mouth_r", 2), ("lips", "lips", 4))
-      for kind, suffix in (("1", ""), ("mean", "_mean"), ("T=0", "_central"))]),
-    ("Distances in interocular distances (velocities a second), one draw; lips about their own centre; energy score "
-     "of the face and best lips of all draws",
-     [("lips", "lips", 4, "interval"), ("face", "face", 4, "interval"), ("lips velocity", "lips_velocity", 3, ""),
-      ("face velocity", "face_velocity", 3, ""), ("energy score", "energy", 4, "interval"),
-      ("best lips", "best", 4, "")]),
-    ("Distribution and motion: 1 is the truth's own for jitter; coverage should be .50 and .90",
-     [("coverage 50", "coverage50", 2, ""), ("coverage 90", "coverage90", 2, ""), ("diversity face", "spread", 4, ""),
-      ("lips", "spread_lips", 4, ""), ("Fréchet", "frechet", 2, ""), ("head jitter", "jitter_head", 2, "interval"),
-      ("mouth jitter", "jitter_mouth", 2, "interval"), ("velocity autocorr.", "velocity", 2, ""),
-      ("blinks/min", "blinks", 1, "")]),
+    (
+        "The paper's columns, one draw: mean ± standard deviation over clips [95 % interval of the mean]",
+        [
+            ("NLL", "nll", 4, "interval"),
+            ("gap", "gap", 4, ""),
+            ("audio gain", "gain", 2, "interval"),
+            ("SyncNet ↓", "sync", 3, "both"),
+            ("offset", "offset", 0, ""),
+            ("L_MOR ↓", "l_mor", 4, "both"),
+            ("mouth r", "mouth_r", 2, "interval"),
+        ],
+    ),
+    (
+        "One draw, the mean of the draws, temperature 0: three different questions",
+        [
+            (f"{heading} {kind}", column + suffix, digits, "")
+            for heading, column, digits in (
+                ("SyncNet", "sync", 3),
+                ("L_MOR", "l_mor", 4),
+                ("mouth r", "mouth_r", 2),
+                ("lips", "lips", 4),
+            )
+            for kind, suffix in (("1", ""), ("mean", "_mean"), ("T=0", "_central"))
+        ],
+    ),
+    (
+        "Distances in interocular distances (velocities a second), one draw; lips about their own centre; energy score "
+        "of the face and best lips of all draws",
+        [
+            ("lips", "lips", 4, "interval"),
+            ("face", "face", 4, "interval"),
+            ("lips velocity", "lips_velocity", 3, ""),
+            ("face velocity", "face_velocity", 3, ""),
+            ("energy score", "energy", 4, "interval"),
+            ("best lips", "best", 4, ""),
+        ],
+    ),
+    (
+        "Distribution and motion: 1 is the truth's own for jitter; coverage should be .50 and .90",
+        [
+            ("coverage 50", "coverage50", 2, ""),
+            ("coverage 90", "coverage90", 2, ""),
+            ("diversity face", "spread", 4, ""),
+            ("lips", "spread_lips", 4, ""),
+            ("Fréchet", "frechet", 2, ""),
+            ("head jitter", "jitter_head", 2, "interval"),
+            ("mouth jitter", "jitter_mouth", 2, "interval"),
+            ("velocity autocorr.", "velocity", 2, ""),
+            ("blinks/min", "blinks", 1, ""),
+        ],
+    ),
 ]
 
 PAPER = """
@@ -606,7 +719,9 @@ def cell(row, column, digits, follow):
         return "–"
     f = row["columns"][column]
     text = f"{f['mean']:.{digits}f}" + (f" ± {f['sd']:.{digits}f}" if follow == "both" else "")
-    return text + (f" [{f['low']:.{digits}f}, {f['high']:.{digits}f}]" if follow in ("interval", "both") else "")
+    return text + (
+        f" [{f['low']:.{digits}f}, {f['high']:.{digits}f}]" if follow in ("interval", "both") else ""
+    )
 
 
 def markdown(results):
@@ -615,7 +730,8 @@ def markdown(results):
     sync = f"AUC {f['auc']:.3f} by clip, {f['auc_window']:.3f} by five frames, on held-out truth"
     sync += "" if f["auc"] >= 0.9 else ": below .9, so it refuses to score here"
     face, lips = f["truth_spread"]
-    lines = [f"""## {f["data"]}: {f["windows"]} windows of {f["frames"]} held-out frames
+    lines = [
+        f"""## {f["data"]}: {f["windows"]} windows of {f["frames"]} held-out frames
 
 {f["train_clips"]} training clips, the {f["split"]} split is scored; seed {f["seed"]};
 {f["steps"]} steps a trained row, {f["batch"]} clips a step of a flow; look-ahead {f["lead"]} frames;
@@ -623,16 +739,22 @@ def markdown(results):
 NLL in nats per coordinate per frame; audio gain in nats a frame lost with another clip's sound; SyncNet: {sync}.
 The truth's own diversity, between clips: face {face:.4f}, lips {lips:.4f}.
 Intervals are over clips, not over training seeds. A regressor's track is its conditional mean, a flow's one draw, which
-pays about sqrt(2) in every distance: compare regressors with the columns `mean` and `T=0`."""]
+pays about sqrt(2) in every distance: compare regressors with the columns `mean` and `T=0`."""
+    ]
     if f["split"] == "val":
         lines.append("These windows also chose the best weights: every trained row is optimistic.")
     if f["strangers"]:
-        lines.append("""The held-out speakers are strangers: read mouth r (resting mouth and range do not count)
+        lines.append(
+            """The held-out speakers are strangers: read mouth r (resting mouth and range do not count)
 beside `another clip's sound` (chance) and `loudness alone`; L_MOR and distances carry the unknown resting face.
-Mean over speakers of mouth r, one draw: """ + ", ".join(
-            f"{label} {row['mouth_r_by_speaker']:.2f}" for label, row in rows.items()) + ".")
+Mean over speakers of mouth r, one draw: """
+            + ", ".join(f"{label} {row['mouth_r_by_speaker']:.2f}" for label, row in rows.items())
+            + "."
+        )
     for title, columns in TABLES:
-        columns = [c for c in columns if c[1] == "offset" or any(c[1] in row["columns"] for row in rows.values())]
+        columns = [
+            c for c in columns if c[1] == "offset" or any(c[1] in row["columns"] for row in rows.values())
+        ]
         lines += ["", title, "", "| row | " + " | ".join(heading for heading, *_ in columns) + " |"]
         lines.append("|---" * (len(columns) + 1) + "|")
         group = None
@@ -641,20 +763,31 @@ Mean over speakers of mouth r, one draw: """ + ", ".join(
                 group = row["group"]
                 lines.append(f"| **{group}** |" + " |" * len(columns))
             lines.append(f"| {label} | " + " | ".join(cell(row, *c[1:]) for c in columns) + " |")
-    lines += ["", "Cost on this machine: seconds to train, to sample one second of one face (all clips at once)", "",
-              "| row | parameters | train | sample |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "Cost on this machine: seconds to train, to sample one second of one face (all clips at once)",
+        "",
+        "| row | parameters | train | sample |",
+        "|---|---|---|---|",
+    ]
 
     def number(value, form):
         return format(value, form) if value is not None else "–"
 
-    lines += [f"| {label} | {row['parameters']:,} | {number(row['train_seconds'], '.0f')} | "
-              f"{number(row['sample_seconds'], '.4f')} |"
-              for label, row in rows.items() if row["parameters"]]
+    lines += [
+        f"| {label} | {row['parameters']:,} | {number(row['train_seconds'], '.0f')} | "
+        f"{number(row['sample_seconds'], '.4f')} |"
+        for label, row in rows.items()
+        if row["parameters"]
+    ]
     used = {row["name"] for row in rows.values()} & set(SYSTEMS)
     if used:
         lines += ["", "Where the compared systems differ from their releases:"]
-        lines += [f"- {SYSTEMS[name][0] if name in SYSTEMS else 'all'}: {text.format(size=f['size'])}"
-                  for name, text in DEVIATIONS.items() if name in used | {"all"}]
+        lines += [
+            f"- {SYSTEMS[name][0] if name in SYSTEMS else 'all'}: {text.format(size=f['size'])}"
+            for name, text in DEVIATIONS.items()
+            if name in used | {"all"}
+        ]
     return "\n".join(lines) + "\n" + PAPER
 
 
@@ -684,22 +817,48 @@ def tables(args):
     names = [name for name in ROWS if not absent.get(name)] if args.rows == "all" else args.rows.split(",")
     for name in names:
         if name not in ROWS or absent.get(name):
-            raise UserError(f"rows: {name} vs {', '.join(n for n in ROWS if not absent.get(n))}. Change --rows")
+            raise UserError(
+                f"rows: {name} vs {', '.join(n for n in ROWS if not absent.get(n))}. Change --rows"
+            )
     if absent["checkpoint"]:
-        print("no checkpoint of this data under runs/, and none given: the table is without that row", file=sys.stderr)
+        print(
+            "no checkpoint of this data under runs/, and none given: the table is without that row",
+            file=sys.stderr,
+        )
     size = 1 if args.release_sizes else SHRINK
-    job = {"data": str(folder), "out": out, "clips": args.clips, "seed": args.seed, "draws": args.draws,
-           "steps": args.steps, "sync_steps": args.sync_steps, "size": size,
-           "checkpoint": checkpoint and str(checkpoint)}
+    job = {
+        "data": str(folder),
+        "out": out,
+        "clips": args.clips,
+        "seed": args.seed,
+        "draws": args.draws,
+        "steps": args.steps,
+        "sync_steps": args.sync_steps,
+        "size": size,
+        "checkpoint": checkpoint and str(checkpoint),
+    }
     print(f"SyncNet, then {len(names)} rows, {args.jobs} at a time, into {out}", file=sys.stderr)
     _, facts = train_syncnet(held, out, args.sync_steps)
     rows = run_rows(names, job, args.jobs)
-    facts |= {"data": held.clips.folder.name, "folder": str(held.clips.folder.resolve()), "windows": len(held.x),
-              "frames": held.T, "split": held.split, "train_clips": len(held.clips.split("train")),
-              "seed": args.seed, "steps": args.steps, "batch": held.config.batch_size, "lead": held.lead,
-              "draws": args.draws, "size": size,
-              "truth_spread": truth_spread(held), "strangers": held.strangers, "speakers": sorted(set(held.speakers)),
-              "fingerprint": held.clips.meta["fingerprint"], "checkpoint": checkpoint and str(checkpoint)}
+    facts |= {
+        "data": held.clips.folder.name,
+        "folder": str(held.clips.folder.resolve()),
+        "windows": len(held.x),
+        "frames": held.T,
+        "split": held.split,
+        "train_clips": len(held.clips.split("train")),
+        "seed": args.seed,
+        "steps": args.steps,
+        "batch": held.config.batch_size,
+        "lead": held.lead,
+        "draws": args.draws,
+        "size": size,
+        "truth_spread": truth_spread(held),
+        "strangers": held.strangers,
+        "speakers": sorted(set(held.speakers)),
+        "fingerprint": held.clips.meta["fingerprint"],
+        "checkpoint": checkpoint and str(checkpoint),
+    }
     results = {"facts": facts, "rows": rows}
     console.write_atomically(out / "results.json", lambda p: p.write_text(json.dumps(results)))
     print(markdown(results))
@@ -710,40 +869,70 @@ def tables(args):
 def build_parser():
     """The command line: the tables, or one of the two rating commands."""
     count = console.bounded
-    parser = argparse.ArgumentParser(description=__doc__.split("[1]")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("[1]")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
-    parser.add_argument("--checkpoint",
-                        help="a run's checkpoint.pt for the last row [of the newest run on this data]")
-    parser.add_argument("--out", help="folder of results.json, figures and cached rows [runs/evaluation-DATA]")
+    parser.add_argument(
+        "--checkpoint", help="a run's checkpoint.pt for the last row [of the newest run on this data]"
+    )
+    parser.add_argument(
+        "--out", help="folder of results.json, figures and cached rows [runs/evaluation-DATA]"
+    )
     parser.add_argument("--rows", default="all", help=f"some of {','.join(ROWS)} [all]")
-    parser.add_argument("--steps", type=count(int, 1), default=400, help="optimiser steps of each trained row [400]")
+    parser.add_argument(
+        "--steps", type=count(int, 1), default=400, help="optimiser steps of each trained row [400]"
+    )
     parser.add_argument("--sync-steps", type=count(int, 1), default=1500, help="of the SyncNet [1500]")
     parser.add_argument("--clips", type=count(int, 2), default=64, help="held-out windows at most [64]")
-    parser.add_argument("--draws", type=count(int, 19), default=20,
-                        help="samples a sound, at least 19 for a 90 %% interval [20]")
-    parser.add_argument("--seed", type=count(int, 0, 2**31), default=0,
-                        help="of weights, batches, draws and the truth's noise [0]")
-    parser.add_argument("--jobs", type=count(int, 1, 64), default=1 if torch.cuda.is_available()
-                        else min(2, os.cpu_count() or 1),
-                        help="rows at a time, a thread each [2 on a CPU, 1 with a GPU]")
-    parser.add_argument("--release-sizes", action="store_true",
-                        help="compared systems as wide as their releases; needs a GPU")
+    parser.add_argument(
+        "--draws",
+        type=count(int, 19),
+        default=20,
+        help="samples a sound, at least 19 for a 90 %% interval [20]",
+    )
+    parser.add_argument(
+        "--seed",
+        type=count(int, 0, 2**31),
+        default=0,
+        help="of weights, batches, draws and the truth's noise [0]",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=count(int, 1, 64),
+        default=1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
+        help="rows at a time, a thread each [2 on a CPU, 1 with a GPU]",
+    )
+    parser.add_argument(
+        "--release-sizes", action="store_true", help="compared systems as wide as their releases; needs a GPU"
+    )
     parser.set_defaults(run=tables)
     commands = parser.add_subparsers(metavar="rating-page | rating-results")
-    p = commands.add_parser("rating-page", help="write a listening test",
-                            description="Write a blind, randomised listening test as one page, and its key.")
-    p.add_argument("--results", help="folder that `python evaluate.py` has written [the newest runs/evaluation-*]")
-    p.add_argument("--rows", default=",".join(RATED), help="systems to rate, where they are there [%(default)s]")
+    p = commands.add_parser(
+        "rating-page",
+        help="write a listening test",
+        description="Write a blind, randomised listening test as one page, and its key.",
+    )
+    p.add_argument(
+        "--results", help="folder that `python evaluate.py` has written [the newest runs/evaluation-*]"
+    )
+    p.add_argument(
+        "--rows", default=",".join(RATED), help="systems to rate, where they are there [%(default)s]"
+    )
     p.add_argument("--clips", type=count(int, 1, 8), default=6, help="clips of each system [6]")
     p.add_argument("--seed", type=count(int, 0, 2**31), default=0, help="of ids and order [0]")
-    p.add_argument("--out",
-                   help="the page [rating.html beside results.json]; its key is OUT.key.json: keep it from the raters")
+    p.add_argument(
+        "--out",
+        help="the page [rating.html beside results.json]; its key is OUT.key.json: keep it from the raters",
+    )
     p.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     p.set_defaults(run=lambda args: rating_page(args, Held, {name: row[1] for name, row in ROWS.items()}))
-    p = commands.add_parser("rating-results", help="score its answers",
-                            description="Mean opinion scores of the answers that raters downloaded (JSON or CSV).")
+    p = commands.add_parser(
+        "rating-results",
+        help="score its answers",
+        description="Mean opinion scores of the answers that raters downloaded (JSON or CSV).",
+    )
     p.add_argument("files", nargs="+", help="answers-*.json or answers-*.csv")
     p.add_argument("--key", help="the page's .key.json [rating.key.json of the newest runs/evaluation-*]")
     p.add_argument("--seed", type=count(int, 0, 2**31), default=0, help="of the bootstrap [0]")

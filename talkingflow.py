@@ -51,7 +51,9 @@ class Config:
     """All numbers of a model and its training. Raises UserError where one is impossible."""
 
     # the model
-    dim: int = 136  # D: landmark coordinates a frame, 68 points x, y (not in the paper; the data folder decides)
+    dim: int = (
+        136  # D: landmark coordinates a frame, 68 points x, y (not in the paper; the data folder decides)
+    )
     cond_dim: int = 40  # M: mel bands a frame (not in the paper; the data folder decides)
     hidden: int = 64  # H: channels of the ConditionTCN (not in the paper; the authors' code has 256)
     kernel_size: int = 2  # k: taps of each causal convolution (not in the paper; the authors' code has 3)
@@ -62,9 +64,13 @@ class Config:
     prior: str = "ar2"  # "iid": Eq. 11; "ar2": Eq. 6 taken at its word, an autoregression over time
     prior_mean: bool = True  # centre the ar2 prior on a mean predicted from the sound (not in the paper)
     init: str = "data"  # "data": PCA and Burg start from a batch; "random": Glow's start (the paper)
-    lead: int = 0  # frames of sound the model hears ahead, a fixed delay (not in the paper; the data folder decides)
+    lead: int = (
+        0  # frames of sound the model hears ahead, a fixed delay (not in the paper; the data folder decides)
+    )
     scale_bound: float = 1.0  # |s| of a coupling stays below this (not in the paper)
-    dropout: float = 0.15  # of the ConditionTCNs, a third for the prior's mean (not in the paper; the folder decides)
+    dropout: float = (
+        0.15  # of the ConditionTCNs, a third for the prior's mean (not in the paper; the folder decides)
+    )
     # training
     batch_size: int = 8  # clips a step, over all processes (Sec. 3: 128)
     seq_len: int = 80  # T: frames a training window (not in the paper; the authors' code has 3 s)
@@ -76,14 +82,20 @@ class Config:
     weight_decay: float = 0.05  # on the weights of the ConditionTCNs only (not in the paper)
     grad_clip: float = 1.0  # largest gradient norm (not in the paper)
     mean_lr: float = 3.0  # learning rate of the prior's mean, times lr (not in the paper)
-    mean_loss: float = 0.5  # start weight of the mean's own squared error, 0 after 70 % of training (not in the paper)
-    noise: float = 0.0022  # dequantisation noise in interocular distances (not in the paper; the data folder decides)
+    mean_loss: float = (
+        0.5  # start weight of the mean's own squared error, 0 after 70 % of training (not in the paper)
+    )
+    noise: float = (
+        0.0022  # dequantisation noise in interocular distances (not in the paper; the data folder decides)
+    )
     eval_interval: int = 200  # steps between validations
     seed: int = 0  # of the weights, the batches and the noise
 
     def __post_init__(self):
         self.dilations, self.lambdas = tuple(self.dilations), tuple(self.lambdas)
-        at_least_one = "dim cond_dim hidden kernel_size num_scales steps_per_scale batch_size seq_len eval_interval"
+        at_least_one = (
+            "dim cond_dim hidden kernel_size num_scales steps_per_scale batch_size seq_len eval_interval"
+        )
         not_negative = "lead dropout steps epochs warmup weight_decay mean_loss noise seed"
         rules = [(name, getattr(self, name) >= 1, "at least 1") for name in at_least_one.split()]
         rules += [(name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in not_negative.split()]
@@ -94,9 +106,16 @@ class Config:
             ("lr_final", 0 <= self.lr_final <= 1, "between 0 and 1"),
             ("prior", self.prior in ("ar2", "iid"), "ar2 or iid"),
             ("init", self.init in ("data", "random"), "data or random"),
-            ("dilations", self.dilations and all(isinstance(d, int) and d >= 1 for d in self.dilations),
-             "one or more whole numbers, each at least 1"),
-            ("lambdas", len(self.lambdas) == self.num_scales, f"one for each of the {self.num_scales} scales"),
+            (
+                "dilations",
+                self.dilations and all(isinstance(d, int) and d >= 1 for d in self.dilations),
+                "one or more whole numbers, each at least 1",
+            ),
+            (
+                "lambdas",
+                len(self.lambdas) == self.num_scales,
+                f"one for each of the {self.num_scales} scales",
+            ),
             ("lambdas", all(0 < v < math.inf for v in self.lambdas), "above 0"),
             ("dim", self.dim >= 2**self.num_scales, f"at least 2^num_scales = {2**self.num_scales}"),
             ("steps", self.steps or self.epochs, "steps or epochs above 0"),
@@ -113,10 +132,28 @@ class Config:
         on s and on the gradient and the dequantisation noise are this project's."""
         if name not in ("demo", "paper"):
             raise UserError(f"preset: {name} vs demo or paper. Choose one of the two")
-        return Config() if name == "demo" else Config(
-            cond_dim=80, hidden=256, kernel_size=3, steps_per_scale=6, prior="iid", prior_mean=False, init="random",
-            dropout=0.0, batch_size=128, steps=0, epochs=100, lr=1e-4, lr_final=1.0, warmup=0,
-            weight_decay=0.0, mean_loss=0.0)
+        return (
+            Config()
+            if name == "demo"
+            else Config(
+                cond_dim=80,
+                hidden=256,
+                kernel_size=3,
+                steps_per_scale=6,
+                prior="iid",
+                prior_mean=False,
+                init="random",
+                dropout=0.0,
+                batch_size=128,
+                steps=0,
+                epochs=100,
+                lr=1e-4,
+                lr_final=1.0,
+                warmup=0,
+                weight_decay=0.0,
+                mean_loss=0.0,
+            )
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,7 +170,9 @@ def gated_causal_conv_reference(x, weight, bias, cond, dilation):
 
     x (B, C_in, T), weight (2H, C_in, k), bias (2H,) or None, cond (B, 2H, T) or None -> (B, H, T)
     """
-    a = F.conv1d(F.pad(x, ((weight.shape[2] - 1) * dilation, 0)), weight, bias, dilation=dilation)  # (B, 2H, T)
+    a = F.conv1d(
+        F.pad(x, ((weight.shape[2] - 1) * dilation, 0)), weight, bias, dilation=dilation
+    )  # (B, 2H, T)
     tanh, sigmoid = (a if cond is None else a + cond).chunk(2, 1)
     return torch.tanh(tanh) * torch.sigmoid(sigmoid)  # (B, H, T)
 
@@ -161,8 +200,12 @@ class ConditionTCN(nn.Module):
         super().__init__()
         H, k = config.hidden, config.kernel_size
         sizes = [channels] + [H] * (len(config.dilations) - 1)
-        self.layers = nn.ModuleList(nn.Conv1d(C, 2 * H, k, dilation=d) for C, d in zip(sizes, config.dilations))
-        self.cond = nn.Linear(config.cond_dim, 2 * H * len(self.layers), bias=False)  # all layers' conditioning at once
+        self.layers = nn.ModuleList(
+            nn.Conv1d(C, 2 * H, k, dilation=d) for C, d in zip(sizes, config.dilations)
+        )
+        self.cond = nn.Linear(
+            config.cond_dim, 2 * H * len(self.layers), bias=False
+        )  # all layers' conditioning at once
         self.out = nn.Linear(H, out_channels)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -174,9 +217,13 @@ class ConditionTCN(nn.Module):
             conds = self.cond(c).transpose(1, 2).chunk(len(self.layers), 1)  # (B, 2H, T) for each layer
             for layer, cond in zip(self.layers, conds):
                 past = (layer.kernel_size[0] - 1) * layer.dilation[0]
-                if memory is not None:  # the layer's last inputs stand where the zero padding of a whole sequence would
+                if (
+                    memory is not None
+                ):  # the layer's last inputs stand where the zero padding of a whole sequence would
                     h = torch.cat([memory.get(layer, h.new_zeros(len(h), h.shape[1], past)), h], 2)
-                    memory[layer] = h[:, :, h.shape[2] - past :].clone()  # a view would keep the whole block alive
+                    memory[layer] = h[
+                        :, :, h.shape[2] - past :
+                    ].clone()  # a view would keep the whole block alive
                     cond = F.pad(cond, (past, 0))  # these outputs are cut off below
                 h = gated_causal_conv(h, layer.weight, layer.bias, cond, layer.dilation[0])  # (B, H, T)
                 h = F.dropout(h if memory is None else h[:, :, past:], self.dropout, self.training)
@@ -229,8 +276,12 @@ class InvertibleConv1x1(nn.Module):
         self.log_diagonal.copy_(diagonal.abs().log())
 
     def matrix(self):
-        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
-        return self.permutation @ lower @ (self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp()))
+        lower = self.lower.tril(-1) + torch.eye(
+            len(self.lower), dtype=self.lower.dtype, device=self.lower.device
+        )
+        return (
+            self.permutation @ lower @ (self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp()))
+        )
 
     def forward(self, x):
         return x @ self.matrix().T, x.shape[1] * self.log_diagonal.sum()
@@ -249,13 +300,18 @@ class AffineCoupling(nn.Module):
 
     def __init__(self, dim, config):
         super().__init__()
-        self.sizes = [dim // 2, dim - dim // 2]  # any dim: an odd one gives its extra coordinate to the second half
+        self.sizes = [
+            dim // 2,
+            dim - dim // 2,
+        ]  # any dim: an odd one gives its extra coordinate to the second half
         self.bound = config.scale_bound
         self.net = ConditionTCN(self.sizes[0], 2 * self.sizes[1], config)
 
     def scale_shift(self, xa, c, memory=None):
         s, t = self.net(xa, c, memory).chunk(2, 2)  # Eq. 8
-        return self.bound * torch.tanh(s / self.bound), t  # an unbounded exp(s) blows up the inverse before the loss
+        return self.bound * torch.tanh(
+            s / self.bound
+        ), t  # an unbounded exp(s) blows up the inverse before the loss
 
     def forward(self, x, c):
         xa, xb = x.split(self.sizes, 2)  # Eq. 7
@@ -264,7 +320,9 @@ class AffineCoupling(nn.Module):
 
     def inverse(self, y, c, memory=None):
         ya, yb = y.split(self.sizes, 2)
-        s, t = self.scale_shift(ya, c, memory)  # ya is known for all frames at once: sampling is parallel in time
+        s, t = self.scale_shift(
+            ya, c, memory
+        )  # ya is known for all frames at once: sampling is parallel in time
         return torch.cat([ya, (yb - t) * (-s).exp()], 2)
 
 
@@ -273,7 +331,11 @@ class FlowStep(nn.Module):
 
     def __init__(self, dim, config):
         super().__init__()
-        self.actnorm, self.conv, self.coupling = ActNorm(dim), InvertibleConv1x1(dim), AffineCoupling(dim, config)
+        self.actnorm, self.conv, self.coupling = (
+            ActNorm(dim),
+            InvertibleConv1x1(dim),
+            AffineCoupling(dim, config),
+        )
 
     def forward(self, x, c):
         x, logdet_norm = self.actnorm(x)
@@ -302,12 +364,16 @@ class Prior(nn.Module):
 
     def __init__(self, sizes, config):
         super().__init__()
-        variance = torch.cat([torch.full((size,), float(value)) for size, value in zip(sizes, config.lambdas)])
+        variance = torch.cat(
+            [torch.full((size,), float(value)) for size, value in zip(sizes, config.lambdas)]
+        )
         self.register_buffer("variance", variance)  # (D,)
         self.ar2 = config.prior == "ar2"
         if self.ar2:
             self.partial = nn.Parameter(torch.zeros(2, len(variance)))  # atanh of p1, p2
-        lighter = dataclasses.replace(config, dropout=config.dropout / 3)  # more slows the lips, none overfits
+        lighter = dataclasses.replace(
+            config, dropout=config.dropout / 3
+        )  # more slows the lips, none overfits
         has_mean = self.ar2 and config.prior_mean
         self.mean_net = ConditionTCN(config.cond_dim, len(variance), lighter) if has_mean else None
 
@@ -316,7 +382,9 @@ class Prior(nn.Module):
         return self.mean_net(c, c, memory) if self.mean_net else c.new_zeros(())
 
     def partials(self):
-        return 0.9995 * torch.tanh(self.partial)  # never quite 1: a constant coordinate keeps a finite density
+        return 0.9995 * torch.tanh(
+            self.partial
+        )  # never quite 1: a constant coordinate keeps a finite density
 
     def recursion(self):
         """a1, a2 and var e of frame 0, of frame 1 and of all later ones, each (3, D): the first two know less."""
@@ -331,7 +399,10 @@ class Prior(nn.Module):
         if self.ar2:
             frame = torch.arange(r.shape[1], device=r.device).clamp(max=2)
             a1, a2, variance = (v[frame] for v in self.recursion())  # (T, D) each
-            before, before2 = F.pad(r, (0, 0, 1, 0))[:, :-1], F.pad(r, (0, 0, 2, 0))[:, :-2]  # r_{t-1}, r_{t-2}
+            before, before2 = (
+                F.pad(r, (0, 0, 1, 0))[:, :-1],
+                F.pad(r, (0, 0, 2, 0))[:, :-2],
+            )  # r_{t-1}, r_{t-2}
             r = r - a1 * before - a2 * before2
         return -0.5 * (r**2 / variance + (2 * math.pi * variance).log()).expand_as(z).sum((1, 2))
 
@@ -388,8 +459,9 @@ class TalkingFlow(nn.Module):
     def _check(self, x, c):
         D, M = self.config.dim, self.config.cond_dim
         if x.dim() != 3 or c.dim() != 3 or x.shape[:2] != c.shape[:2] or x.shape[2] != D or c.shape[2] != M:
-            raise UserError(f"shapes: x {tuple(x.shape)}, c {tuple(c.shape)} vs x (B, T, {D}), c (B, T, {M}). "
-                            "Check both")
+            raise UserError(
+                f"shapes: x {tuple(x.shape)}, c {tuple(c.shape)} vs x (B, T, {D}), c (B, T, {M}). Check both"
+            )
 
     def forward(self, x, c):
         """Data -> noise: a list of L latents (B, T, d_l) in the order of lambdas, and log|det dz/dx| (B,) in nats."""
@@ -457,7 +529,9 @@ class TalkingFlow(nn.Module):
                 step.actnorm.initialize(h, variance)
                 h = step.actnorm(h)[0]
                 if self.config.init == "data":
-                    step.conv.set_matrix(pca(h, variance) if step is self.scales[0][0] else shuffle(h.shape[2]))
+                    step.conv.set_matrix(
+                        pca(h, variance) if step is self.scales[0][0] else shuffle(h.shape[2])
+                    )
                 h = step.coupling(step.conv(h)[0], c)[0]
             if scale is not self.scales[-1]:
                 h, z = h.tensor_split([h.shape[2] // 2], 2)
@@ -483,7 +557,12 @@ class Stream:
     blocks of any size give the frames of a whole-sequence sample, whose one block is the whole sound."""
 
     def __init__(self, flow, batch_size, temperature, generator):
-        self.flow, self.batch_size, self.temperature, self.generator = flow, batch_size, temperature, generator
+        self.flow, self.batch_size, self.temperature, self.generator = (
+            flow,
+            batch_size,
+            temperature,
+            generator,
+        )
         self.memory = {}  # layer -> its last inputs, prior -> its last two frames, 1x1 convolution -> its inverse
 
     @torch.no_grad()
@@ -492,8 +571,10 @@ class Stream:
         flow, training = self.flow, self.flow.training
         size = self.batch_size, flow.config.dim
         if c.dim() != 3 or c.shape[::2] != (self.batch_size, flow.config.cond_dim):
-            raise UserError(f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). "
-                            "Check its shape")
+            raise UserError(
+                f"sound block: {tuple(c.shape)} vs ({self.batch_size}, n, {flow.config.cond_dim}). "
+                "Check its shape"
+            )
         if c.shape[1] == 0:
             return c.new_zeros(size[0], 0, size[1])
         # frame by frame, so that the block sizes do not change the numbers drawn
@@ -519,8 +600,10 @@ class Clips:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            raise UserError(f"{self.folder}: no meta.json vs a folder made by prepare_data.py. "
-                            f"Run: python prepare_data.py SRC --out {self.folder}")
+            raise UserError(
+                f"{self.folder}: no meta.json vs a folder made by prepare_data.py. "
+                f"Run: python prepare_data.py SRC --out {self.folder}"
+            )
         try:
             self.meta = json.loads(path.read_text())
             self.clips, self.fps = self.meta["clips"], self.meta["fps"]
@@ -529,8 +612,10 @@ class Clips:
             )
             frames = sum(clip["frames"] for clip in self.clips)
         except (OSError, ValueError, KeyError, EOFError, TypeError) as e:
-            raise UserError(f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. "
-                            "Prepare it again with --force")
+            raise UserError(
+                f"{self.folder}: unreadable ({e}) vs a folder made by prepare_data.py. "
+                "Prepare it again with --force"
+            )
         if self.meta.get("format") != 1 or not len(self.landmarks) == len(self.mel) >= frames:
             found = f"{len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound"
             raise UserError(f"{self.folder}: {found} vs {frames} in meta.json. Prepare it again with --force")
@@ -549,7 +634,11 @@ class Clips:
     def windows(self, split, T, limit=None):
         """(clip, first frame) of the windows of T frames that tile a split's clips; at most `limit`, evenly chosen."""
         tiles = [(clip, s) for clip in self.split(split) for s in range(0, clip["frames"] - T + 1, T)]
-        return tiles if limit is None or len(tiles) <= limit else [tiles[i * len(tiles) // limit] for i in range(limit)]
+        return (
+            tiles
+            if limit is None or len(tiles) <= limit
+            else [tiles[i * len(tiles) // limit] for i in range(limit)]
+        )
 
     def draw(self, count, T, generator):
         """`count` random training windows; every frame that can start one is as likely as any other."""
@@ -563,7 +652,9 @@ class Clips:
         """Landmarks x (B, T, D) plus noise of `noise` interocular distances, sound c (B, T, M) heard `lead` ahead."""
         x, c = [], []
         for clip, s in windows:
-            ahead = np.minimum(np.arange(s, s + T) + lead, clip["frames"] - 1)  # a clip's last column is repeated
+            ahead = np.minimum(
+                np.arange(s, s + T) + lead, clip["frames"] - 1
+            )  # a clip's last column is repeated
             x.append(self.landmarks[clip["start"] + s : clip["start"] + s + T])
             c.append(self.mel[clip["start"] + ahead])
         x, c = torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(c))
@@ -580,8 +671,10 @@ def read_checkpoint(path):
     """The dict in a checkpoint file. Runs no code from it and refuses a damaged one: torch.load checks no CRC."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a checkpoint. "
-                        "Train one: python talkingflow.py train")
+        raise UserError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a checkpoint. "
+            "Train one: python talkingflow.py train"
+        )
     try:
         if path.read_bytes()[:40].startswith(b"version https://git-lfs"):
             raise ValueError("a git-lfs pointer, fetch the file itself")
@@ -592,9 +685,13 @@ def read_checkpoint(path):
         if state["format"] != 1:
             raise ValueError(f"format {state['format']}")
         return state
-    except Exception as e:  # zipfile, pickle and torch raise a dozen kinds for the same thing: not a checkpoint
+    except (
+        Exception
+    ) as e:  # zipfile, pickle and torch raise a dozen kinds for the same thing: not a checkpoint
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{path}: unreadable ({reason}) vs a TalkingFlow checkpoint. Use another one or train again")
+        raise UserError(
+            f"{path}: unreadable ({reason}) vs a TalkingFlow checkpoint. Use another one or train again"
+        )
 
 
 def load_checkpoint(path, device="cpu"):
@@ -604,8 +701,9 @@ def load_checkpoint(path, device="cpu"):
         flow = TalkingFlow(Config(**state["config"]))
         flow.load_state_dict(state["model"])
     except (TypeError, KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. "
-                        "Use the code that trained it")
+        raise UserError(
+            f"{path}: {str(e).splitlines()[-1].strip()} vs this version's model. Use the code that trained it"
+        )
     return flow.eval().to(device), state
 
 
@@ -646,8 +744,11 @@ def build_optimizer(flow, config):
         mean, decays = "mean_net" in name, "net." in name and parameter.dim() > 1
         groups.setdefault((mean, decays), []).append(parameter)
     groups = [
-        {"params": p, "scale": config.mean_lr if mean else 1.0,
-         "weight_decay": config.weight_decay * decays / (config.mean_lr if mean else 1.0)}  # the same decay a step
+        {
+            "params": p,
+            "scale": config.mean_lr if mean else 1.0,
+            "weight_decay": config.weight_decay * decays / (config.mean_lr if mean else 1.0),
+        }  # the same decay a step
         for (mean, decays), p in groups.items()
     ]
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
@@ -682,12 +783,15 @@ def start_flow(config, clips, T):
     x, c = clips.batch(clips.draw(400, T, generator), T, config.lead, config.noise, generator)
     for name, values in (("landmarks", x), ("sound", c)):
         if not values.isfinite().all():
-            raise UserError(f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. "
-                            "Prepare it again with --force")
+            raise UserError(
+                f"{clips.folder}: NaN or Inf in the {name} vs finite numbers. Prepare it again with --force"
+            )
     still = (x.std((0, 1)) < 1e-6).nonzero().flatten().tolist()
     if still:
-        raise UserError(f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. "
-                        "Train with --noise 0.0022 or mend the landmarks")
+        raise UserError(
+            f"{clips.folder}: coordinates {still[:8]} never move vs a density of moving points. "
+            "Train with --noise 0.0022 or mend the landmarks"
+        )
     flow = TalkingFlow(config)
     flow.initialize(x, c)
     return flow
@@ -700,7 +804,9 @@ def choose_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device: {name} ({str(e).splitlines()[0]}) vs one that torch can use. Try --device cpu")
+        raise UserError(
+            f"device: {name} ({str(e).splitlines()[0]}) vs one that torch can use. Try --device cpu"
+        )
     return torch.device(name)
 
 
@@ -714,22 +820,34 @@ class Trainer:
         self.config, self.clips, self.out, self.device = config, clips, Path(out), choose_device(device)
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if config.batch_size % self.world:
-            raise UserError(f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. "
-                            "Change --batch_size")
+            raise UserError(
+                f"batch_size: {config.batch_size} vs a multiple of {self.world} processes. "
+                "Change --batch_size"
+            )
         self.T = clips.window_length(config.seq_len)
-        self.steps = config.steps or math.ceil(config.epochs * len(clips.windows("train", self.T)) / config.batch_size)
+        self.steps = config.steps or math.ceil(
+            config.epochs * len(clips.windows("train", self.T)) / config.batch_size
+        )
         load_kernel()  # says on stderr which backend runs the networks, and why
         if self.device.type == "cpu" and config.hidden <= 64 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # tensors this small gain nothing from more, and lose much on a busy machine
-        self.held = {split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")}
+            torch.set_num_threads(
+                1
+            )  # tensors this small gain nothing from more, and lose much on a busy machine
+        self.held = {
+            split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")
+        }
         if not self.held["val"]:
-            raise UserError(f"{clips.folder}: no validation window of {self.T} frames vs at least 1. "
-                            "Prepare more clips or lower --seq_len")
+            raise UserError(
+                f"{clips.folder}: no validation window of {self.T} frames vs at least 1. "
+                "Prepare more clips or lower --seq_len"
+            )
         flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
         self.flow, self.optimizer = flow, build_optimizer(flow, config)
         self.step, self.best, self.skipped = 0, math.inf, 0
         start = state["step"] if state else 0  # a run that goes on with several processes sees new windows
-        self.generator = torch.Generator().manual_seed(config.seed + 1000003 * (self.rank + 1) + start)  # and noise
+        self.generator = torch.Generator().manual_seed(
+            config.seed + 1000003 * (self.rank + 1) + start
+        )  # and noise
         torch.manual_seed(config.seed + 1000003 * self.rank + start)  # dropout
         if state:
             self.step, self.best = state["step"], state["best"]
@@ -768,10 +886,15 @@ class Trainer:
             return
         self.skipped += 1
         names = ", ".join(clip["name"] for clip, _ in windows[:4])
-        print(f"step {self.step}: gradient not finite (nll {nll.item():.3f}; clips {names}, ...), skipped", flush=True)
+        print(
+            f"step {self.step}: gradient not finite (nll {nll.item():.3f}; clips {names}, ...), skipped",
+            flush=True,
+        )
         if self.skipped == 5:
-            raise UserError(f"step {self.step}: 5 gradients in a row not finite vs finite ones. "
-                            f"{self.out / 'checkpoint.pt'} keeps the last good weights; lower --lr or mend these clips")
+            raise UserError(
+                f"step {self.step}: 5 gradients in a row not finite vs finite ones. "
+                f"{self.out / 'checkpoint.pt'} keeps the last good weights; lower --lr or mend these clips"
+            )
 
     def log(self, seconds):
         """Validate, append to log.jsonl, print, keep the best weights and everything that --resume needs."""
@@ -779,9 +902,12 @@ class Trainer:
         speed = self.config.batch_size * self.T / seconds  # of a step
         entry = {"step": self.step, **nlls, "frames_per_second": round(speed)}
         left = datetime.timedelta(seconds=round((self.steps - self.step) * seconds))
-        print(f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} "
-              f"val nll {nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | "
-              f"{left} left", flush=True)
+        print(
+            f"{CLEAR}step {self.step:5d}/{self.steps}: train nll {nlls['train_nll']:.4f} "
+            f"val nll {nlls['val_nll']:.4f} | {seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | "
+            f"{left} left",
+            flush=True,
+        )
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
         if nlls["val_nll"] < self.best:  # never true for NaN
@@ -790,13 +916,24 @@ class Trainer:
         self.save_resume()
 
     def save(self, name, **more):
-        state = {"format": 1, "config": dataclasses.asdict(self.config), "data": describe(self.clips),
-                 "step": self.step, "model": self.flow.state_dict(), **more}
+        state = {
+            "format": 1,
+            "config": dataclasses.asdict(self.config),
+            "data": describe(self.clips),
+            "step": self.step,
+            "model": self.flow.state_dict(),
+            **more,
+        }
         write_atomically(self.out / name, lambda path: torch.save(state, path))
 
     def save_resume(self):
-        self.save("resume.pt", best=self.best, optimizer=self.optimizer.state_dict(),
-                  generator=self.generator.get_state(), torch_rng=torch.get_rng_state())
+        self.save(
+            "resume.pt",
+            best=self.best,
+            optimizer=self.optimizer.state_dict(),
+            generator=self.generator.get_state(),
+            torch_rng=torch.get_rng_state(),
+        )
 
     def stop_asked(self, interrupt):
         """The number of a signal that any process got: all of them stop after the same step."""
@@ -819,7 +956,9 @@ class Trainer:
                     self.log(seconds)
                     clock, done = time.perf_counter(), self.step
                 elif self.rank == 0 and CLEAR and self.step % 10 == 0:
-                    print(f"{CLEAR}step {self.step}/{self.steps}  {1 / seconds:.1f} steps/s", end="", flush=True)
+                    print(
+                        f"{CLEAR}step {self.step}/{self.steps}  {1 / seconds:.1f} steps/s", end="", flush=True
+                    )
             if self.rank == 0 and signalled:
                 self.save_resume()
         return signalled
@@ -839,7 +978,9 @@ class Talker:
     def __init__(self, flow, data, sample_rate, faces=1, temperature=1.0, seed=0):
         self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
         self.lead, self.device = flow.config.lead, flow.cond_mean.device
-        self.streams = [flow.stream(1, temperature, torch.Generator().manual_seed(seed + i)) for i in range(faces)]
+        self.streams = [
+            flow.stream(1, temperature, torch.Generator().manual_seed(seed + i)) for i in range(faces)
+        ]
         self.waiting = self.lead  # the first columns are only ever heard ahead
         self.last = np.zeros((0, len(self.mel.bank)), np.float32)
 
@@ -856,7 +997,10 @@ class Talker:
 
     def finish(self):
         """The frames whose look-ahead lies beyond the end of the sound: its last column stands in."""
-        missing, self.waiting = self.lead - self.waiting, 0  # fewer if the sound is shorter than the look-ahead
+        missing, self.waiting = (
+            self.lead - self.waiting,
+            0,
+        )  # fewer if the sound is shorter than the look-ahead
         return self.speak(np.repeat(self.last, missing, 0))
 
 

@@ -26,8 +26,10 @@ def register_kernel(library):
         return x.new_empty(B, H, T), x.new_empty(B if save else 0, 2 * H, T)  # y, pre-activation h
 
     def fake_backward(dy, h, x, weight, dilation, version):
-        return tuple(v.new_empty(size) for v, size in ((x, x.shape), (weight, weight.shape), (weight, weight.shape[:1]),
-                                                       (h, h.shape)))
+        return tuple(
+            v.new_empty(size)
+            for v, size in ((x, x.shape), (weight, weight.shape), (weight, weight.shape[:1]), (h, h.shape))
+        )
 
     def setup_context(ctx, inputs, output):
         x, weight, bias, cond, ctx.dilation, _, ctx.version = inputs
@@ -40,7 +42,9 @@ def register_kernel(library):
 
     def autocast(x, weight, bias, cond, *rest):
         device, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
-        tensors = [v if v is None or v.dtype == torch.float64 else v.to(dtype) for v in (x, weight, bias, cond)]
+        tensors = [
+            v if v is None or v.dtype == torch.float64 else v.to(dtype) for v in (x, weight, bias, cond)
+        ]
         with torch.autocast(device, enabled=False):
             return ops.gated_conv(*tensors, *rest)
 
@@ -60,10 +64,20 @@ def register_kernel(library):
 def find_toolkit():
     """The CUDA toolkit to compile with: CUDA_HOME if it is one, else nvcc's on PATH, a usual place, or pip's wheels."""
     major, nvcc = torch.version.cuda.split(".")[0], shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
-    places += [*sorted(Path("/usr/local").glob(f"cuda-{major}*"), reverse=True), "/usr/local/cuda", "/opt/cuda"]
+    places = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        nvcc and Path(nvcc).resolve().parents[1],
+    ]
+    places += [
+        *sorted(Path("/usr/local").glob(f"cuda-{major}*"), reverse=True),
+        "/usr/local/cuda",
+        "/opt/cuda",
+    ]
     for place in map(Path, filter(None, [*places, *(f"{path}/nvidia/cu{major}" for path in sys.path)])):
-        if (place / "bin" / "nvcc").exists() and any(place.glob("lib*/libcudart.so*")):  # a lone nvcc cannot link
+        if (place / "bin" / "nvcc").exists() and any(
+            place.glob("lib*/libcudart.so*")
+        ):  # a lone nvcc cannot link
             return place
     raise RuntimeError("no CUDA toolkit (bin/nvcc and libcudart) found; install one or set CUDA_HOME")
 
@@ -72,9 +86,20 @@ def build_kernel():
     """Compiles csrc/ unless it is in the cache, and loads it. Raises whatever goes wrong."""
     csrc = Path(__file__).resolve().parent
     gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    arch = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{a}.{b}" for a, b in gpus) or "7.5;8.0;8.6;9.0+PTX"
-    text = "".join((csrc / f"gated_conv.{end}").read_text() for end in ("h", "cpp", "cu")) + arch + torch.version.cuda
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions") / "talkingflow"
+    arch = (
+        os.environ.get("TORCH_CUDA_ARCH_LIST")
+        or ";".join(f"{a}.{b}" for a, b in gpus)
+        or "7.5;8.0;8.6;9.0+PTX"
+    )
+    text = (
+        "".join((csrc / f"gated_conv.{end}").read_text() for end in ("h", "cpp", "cu"))
+        + arch
+        + torch.version.cuda
+    )
+    cache = (
+        Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+        / "talkingflow"
+    )
     built = cache / f"gated_conv-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
     if built.exists():
         return torch.ops.load_library(built)
@@ -83,14 +108,33 @@ def build_kernel():
     toolkit = find_toolkit()
     print(f"kernel: compiling csrc/ with {toolkit} into {built} (once, a minute or two)", file=sys.stderr)
     cache.mkdir(parents=True, exist_ok=True)
-    flags = ["-O2", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # PyTorch's stable ABI as of 2.10
-    with (tempfile.TemporaryDirectory(dir=cache) as folder,  # our own: the lock of a killed build cannot hang this one
-          mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=arch),  # torch fails to choose one where no GPU is visible
-          mock.patch.object(cpp_extension, "CUDA_HOME", str(toolkit))):
-        Path(folder, "libcudart.so").symlink_to(next(toolkit.glob("lib*/libcudart.so*")))  # wheels have only .so.13
+    flags = [
+        "-O2",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]  # PyTorch's stable ABI as of 2.10
+    with (
+        tempfile.TemporaryDirectory(
+            dir=cache
+        ) as folder,  # our own: the lock of a killed build cannot hang this one
+        mock.patch.dict(
+            os.environ, TORCH_CUDA_ARCH_LIST=arch
+        ),  # torch fails to choose one where no GPU is visible
+        mock.patch.object(cpp_extension, "CUDA_HOME", str(toolkit)),
+    ):
+        Path(folder, "libcudart.so").symlink_to(
+            next(toolkit.glob("lib*/libcudart.so*"))
+        )  # wheels have only .so.13
         sources = [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")]
-        cpp_extension.load("talkingflow", sources, extra_cflags=flags, extra_cuda_cflags=["-O3"],
-                           extra_ldflags=[f"-L{folder}"], build_directory=folder, is_python_module=False)
+        cpp_extension.load(
+            "talkingflow",
+            sources,
+            extra_cflags=flags,
+            extra_cuda_cflags=["-O3"],
+            extra_ldflags=[f"-L{folder}"],
+            build_directory=folder,
+            is_python_module=False,
+        )
         os.replace(Path(folder, "talkingflow.so"), built)  # whole or not at all, however many processes build
 
 
@@ -104,21 +148,35 @@ def load_kernel():
     if _kernel is None:
         choice = os.environ.get("TALKINGFLOW_KERNEL", "auto")
         if choice not in ("auto", "cuda", "torch"):
-            raise UserError(f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it.")
-        why = ("TALKINGFLOW_KERNEL=torch" if choice == "torch" else
-               "this PyTorch has no CUDA" if torch.version.cuda is None else
-               "no GPU is visible" if choice == "auto" and not torch.cuda.is_available() else "")
+            raise UserError(
+                f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it."
+            )
+        why = (
+            "TALKINGFLOW_KERNEL=torch"
+            if choice == "torch"
+            else "this PyTorch has no CUDA"
+            if torch.version.cuda is None
+            else "no GPU is visible"
+            if choice == "auto" and not torch.cuda.is_available()
+            else ""
+        )
         _kernel = False
         try:
             if not why:
                 build_kernel()
                 _kernel = register_kernel("talkingflow")
-            print("kernel:", f"PyTorch ({why})" if why else "csrc/gated_conv.cu (fused CUDA operator)", file=sys.stderr)
+            print(
+                "kernel:",
+                f"PyTorch ({why})" if why else "csrc/gated_conv.cu (fused CUDA operator)",
+                file=sys.stderr,
+            )
         # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
         except Exception as error:
             lines = str(error).splitlines() or [repr(error)]
             reason = next((line for line in lines if "error:" in line or "fatal" in line), lines[0])
-            warnings.warn(f"kernel: PyTorch, because csrc/ could not be built or loaded: {reason[:300]}", stacklevel=2)
+            warnings.warn(
+                f"kernel: PyTorch, because csrc/ could not be built or loaded: {reason[:300]}", stacklevel=2
+            )
     return _kernel or None
 
 

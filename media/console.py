@@ -110,4 +110,6 @@ class Progress:
         self.shown = now
         left = (now - self.begin) / max(done, 1) * (self.total - done)
         line = f"{self.what} {done:,} of {self.total:,}{note}, {left // 60:.0f} min {left % 60:02.0f} s left"
-        print(f"\r{line:<100}" if tty else line, end="\n" if done >= self.total or not tty else "", flush=True)
+        print(
+            f"\r{line:<100}" if tty else line, end="\n" if done >= self.total or not tty else "", flush=True
+        )

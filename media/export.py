@@ -31,12 +31,19 @@ def write_csv(path, x, truth, sound, rate, info):
     """OpenFace's columns, in pixels of the clip's frame, or of a 512-pixel square; face_id is the sample."""
     (x0, y0, side), points = info["box"], range(x.shape[2])
     with open(path, "w") as f:
-        names = ["frame", "face_id", "timestamp", "confidence", "success"] + [f"{v}_{i}" for v in "xy" for i in points]
+        names = ["frame", "face_id", "timestamp", "confidence", "success"] + [
+            f"{v}_{i}" for v in "xy" for i in points
+        ]
         f.write(", ".join(names) + "\n")
         for face, track in enumerate(x):
             for i, frame in enumerate(track):
-                pixels = [f"{v:.3f}" for v in (x0 + side * frame[:, 0]).tolist() + (y0 + side * frame[:, 1]).tolist()]
-                f.write(", ".join([str(i + 1), str(face), f"{i / info['fps']:.4f}", "1.0", "1", *pixels]) + "\n")
+                pixels = [
+                    f"{v:.3f}"
+                    for v in (x0 + side * frame[:, 0]).tolist() + (y0 + side * frame[:, 1]).tolist()
+                ]
+                f.write(
+                    ", ".join([str(i + 1), str(face), f"{i / info['fps']:.4f}", "1.0", "1", *pixels]) + "\n"
+                )
 
 
 def frame_pictures(x, truth, size=240):
@@ -45,7 +52,10 @@ def frame_pictures(x, truth, size=240):
 
     size *= 2  # drawn at twice the size, so that the lines come out smooth
     faces = ([truth] if truth is not None else []) + list(x)
-    low, high = np.nanmin([np.nanmin(f, (0, 1)) for f in faces], 0), np.nanmax([np.nanmax(f, (0, 1)) for f in faces], 0)
+    low, high = (
+        np.nanmin([np.nanmin(f, (0, 1)) for f in faces], 0),
+        np.nanmax([np.nanmax(f, (0, 1)) for f in faces], 0),
+    )
     scale = size * 0.88 / (high - low).max()
     origin = size / 2 - scale * (low + high) / 2
     for t in range(x.shape[1]):
@@ -57,20 +67,26 @@ def frame_pictures(x, truth, size=240):
                 continue
             for first, last, closed in CURVES:
                 curve = [tuple(p) for p in points[[*range(first, last + 1), *[first] * closed]]]
-                pen.line(curve, "#b3402a" if first >= 48 else "#22303c" if truth is None or i else "#8a8a8a", 4)
+                pen.line(
+                    curve, "#b3402a" if first >= 48 else "#22303c" if truth is None or i else "#8a8a8a", 4
+                )
         yield picture.reduce(2)
 
 
 def write_gif(path, x, truth, sound, rate, info):
     """A silent, endless loop."""
     pictures = [picture.quantize(16) for picture in frame_pictures(x, truth)]
-    pictures[0].save(path, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / info["fps"]), loop=0)
+    pictures[0].save(
+        path, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / info["fps"]), loop=0
+    )
 
 
 def write_mp4(path, x, truth, sound, rate, info):
     """H.264 picture and AAC sound, by ffmpeg: frames go through a pipe, the sound through a file."""
     if not shutil.which("ffmpeg"):
-        raise UserError("ffmpeg: not found vs needed for .mp4. Install ffmpeg, or write .html (has sound) or .gif")
+        raise UserError(
+            "ffmpeg: not found vs needed for .mp4. Install ffmpeg, or write .html (has sound) or .gif"
+        )
     wav = path.with_suffix(".wav")
     try:
         wav.write_bytes(wav_bytes(sound, rate))
@@ -92,16 +108,29 @@ def write_html(path, x, truth, sound, rate, info):
     """One self-contained page: faces, sound and controls; nothing is loaded from anywhere."""
     faces = np.concatenate([truth[None], x]) if truth is not None else x
     low, high = np.nanmin(faces, (0, 1, 2)), np.nanmax(faces, (0, 1, 2))
-    scaled = (faces - (low + high) / 2) / (high - low).max() * 60000  # int16 over a square that holds every face
-    scaled = np.where(np.isfinite(scaled), scaled.clip(-32767, 32767), -32768)  # the recording shows no face there
+    scaled = (
+        (faces - (low + high) / 2) / (high - low).max() * 60000
+    )  # int16 over a square that holds every face
+    scaled = np.where(
+        np.isfinite(scaled), scaled.clip(-32767, 32767), -32768
+    )  # the recording shows no face there
     names = ["recorded face"] * (truth is not None) + [f"sample {i + 1}" for i in range(len(x))]
     page = {
-        "names": names, "fps": info["fps"], "frames": x.shape[1], "curves": CURVES, "truth": truth is not None,
-        "title": f"{info['audio']} at temperature {info['temperature']:g}", "seed": info["seed"],
+        "names": names,
+        "fps": info["fps"],
+        "frames": x.shape[1],
+        "curves": CURVES,
+        "truth": truth is not None,
+        "title": f"{info['audio']} at temperature {info['temperature']:g}",
+        "seed": info["seed"],
         "points": base64.b64encode(scaled.astype("<i2").tobytes()).decode(),
-        "mouth": [[None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()],
+        "mouth": [
+            [None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()
+        ],
         "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
-        "wave": [float(np.abs(part, dtype=float).max(initial=0)) / 32768 for part in np.array_split(sound, 600)],
+        "wave": [
+            float(np.abs(part, dtype=float).max(initial=0)) / 32768 for part in np.array_split(sound, 600)
+        ],
     }
     player = (Path(__file__).resolve().parent.parent / "assets" / "player.html").read_text()
     path.write_text(player.replace("__PAGE__", json.dumps(page).replace("</", "<\\/")))

@@ -15,8 +15,8 @@ def mouth_opening(landmarks):
     return gap / np.maximum(np.linalg.norm(landmarks[..., 60, :] - landmarks[..., 64, :], axis=-1), 1e-6)
 
 
-JUMP = 0.1                                               # interocular distances a frame: no head moves like this ...
-CALM = 3.0                                               # ... while it moves 3 times less just before and after
+JUMP = 0.1  # interocular distances a frame: no head moves like this ...
+CALM = 3.0  # ... while it moves 3 times less just before and after
 
 
 def interocular(points):

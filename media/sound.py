@@ -21,11 +21,15 @@ class Mel:
     training.
     """
 
-    def __init__(self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=False, fps=25, sample_rate=16000):
+    def __init__(
+        self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=False, fps=25, sample_rate=16000
+    ):
         import librosa  # takes a second to import: only those who listen pay for it
 
         if sample_rate < 4000:
-            raise UserError(f"sample rate: {sample_rate} Hz vs at least 4000. Speech needs the bands above 1 kHz")
+            raise UserError(
+                f"sample rate: {sample_rate} Hz vs at least 4000. Speech needs the bands above 1 kHz"
+            )
         self.fps, self.sample_rate, self.level = fps, sample_rate, level
         self.size = round(window * sample_rate)
         self.hann = np.hanning(self.size + 1)[:-1].astype(np.float32)
@@ -60,11 +64,15 @@ class Mel:
     def push(self, samples):
         """The next samples of a sound that arrives piece by piece -> the columns (n, M) they complete."""
         if self.level:
-            raise UserError("level: a clip's level vs a sound still arriving. Train on data prepared without --level")
+            raise UserError(
+                "level: a clip's level vs a sound still arriving. Train on data prepared without --level"
+            )
         self.past = np.concatenate([self.past, np.asarray(samples, np.float32)])
         frames = self._frames(self.first + len(self.past))
         power = self._power(self.past, self.first, self.frame, frames)
-        keep = max(0, int((frames + 1) * self.sample_rate / self.fps) - self.size)  # start of the next column's window
+        keep = max(
+            0, int((frames + 1) * self.sample_rate / self.fps) - self.size
+        )  # start of the next column's window
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
         return np.log(np.maximum(power, FLOOR))
@@ -76,8 +84,10 @@ def read_sound(path):
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. "
-                        "Check --audio")
+        raise UserError(
+            f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. "
+            "Check --audio"
+        )
     begun = False
     try:
         with soundfile.SoundFile(path) as f:
@@ -94,8 +104,10 @@ def read_sound(path):
                 warnings.simplefilter("ignore")
                 yield librosa.load(path, sr=None, mono=True)
         except Exception as e:  # audioread has many backends, and most of them fail without a text
-            raise UserError(f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. "
-                            f"Convert it: ffmpeg -i {path} out.wav")
+            raise UserError(
+                f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. "
+                f"Convert it: ffmpeg -i {path} out.wav"
+            )
 
 
 def wav_bytes(sound, rate):

@@ -20,7 +20,13 @@ def read_ready(task, options, load_sound):
     """The take of an .npz, .npy or OpenFace .csv file; raises Skip with the reason where it is unusable. load_sound
     reads the sound file beside it (see media/video.py: that may be a video)."""
     path = Path(task["path"])
-    take = {"source": task["name"], "licence": "not stated", "extractor": "not stated", "begin": 0.0, "wh": None}
+    take = {
+        "source": task["name"],
+        "licence": "not stated",
+        "extractor": "not stated",
+        "begin": 0.0,
+        "wh": None,
+    }
     try:
         if path.suffix.lower() == ".npz":
             points, times, sound = read_npz(path, take)
@@ -37,11 +43,14 @@ def read_ready(task, options, load_sound):
         if not task["sound"]:
             raise Skip("landmarks without sound", f"no {path.stem}.wav beside it")
         sound = load_sound(task["sound"])
-    if times is None:                                    # bare points: their rate is taken as --fps, if that can be
+    if times is None:  # bare points: their rate is taken as --fps, if that can be
         times, seconds = np.arange(len(points)) / options["fps"], len(sound) / SAMPLE_RATE
         if abs(len(points) / options["fps"] - seconds) > max(0.2, 0.02 * seconds):
-            raise Skip("length of landmarks and sound differ", f"{len(points)} frames at --fps {options['fps']:g} = "
-                       f"{len(points) / options['fps']:.2f} s vs {seconds:.2f} s: another frame rate?")
+            raise Skip(
+                "length of landmarks and sound differ",
+                f"{len(points)} frames at --fps {options['fps']:g} = "
+                f"{len(points) / options['fps']:.2f} s vs {seconds:.2f} s: another frame rate?",
+            )
     return take | {"points": to_pixels(points, take), "times": np.asarray(times, float), "sound": sound}
 
 
@@ -71,7 +80,9 @@ def read_openface(path, take):
         names = [name.strip() for name in f.readline().split(",")]
         column = {name: i for i, name in enumerate(names)}
         if not {"timestamp", "x_0", "x_67", "y_67"} <= set(column):
-            raise Skip("unreadable landmarks", "no columns timestamp, x_0..x_67, y_0..y_67: not an OpenFace csv")
+            raise Skip(
+                "unreadable landmarks", "no columns timestamp, x_0..x_67, y_0..y_67: not an OpenFace csv"
+            )
         table = np.loadtxt(f, delimiter=",", ndmin=2)
     if "face_id" in column and len(table):
         ids, counts = np.unique(table[:, column["face_id"]], return_counts=True)
@@ -100,7 +111,9 @@ def check_points(points):
     if dy < -abs(dx):
         raise Skip("y points up", "the mouth lies above the eyes: turn it over (y = height - y)")
     if dy <= abs(dx):
-        raise Skip("face on its side", "the mouth lies beside the eyes: turn the picture, or x and y are swapped")
+        raise Skip(
+            "face on its side", "the mouth lies beside the eyes: turn the picture, or x and y are swapped"
+        )
     if len(found) > 5 and not np.ptp(found, axis=0).any():
         raise Skip("landmarks do not move", f"{len(found)} equal frames")
     return points
@@ -125,5 +138,6 @@ def clean_sound(sound, rate):
         raise Skip("NaN in the sound", f"first at sample {int(np.argmin(np.isfinite(sound)))}")
     if rate != SAMPLE_RATE:
         import librosa
+
         sound = librosa.resample(sound, orig_sr=rate, target_sr=SAMPLE_RATE)
-    return sound / max(1.0, float(np.abs(sound).max()))              # louder than full scale: scaled, never wrapped
+    return sound / max(1.0, float(np.abs(sound).max()))  # louder than full scale: scaled, never wrapped

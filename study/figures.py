@@ -29,12 +29,16 @@ def figure(path, width, height, draw, rows=1, columns=1):
 
 def plot_losses(out, figures):
     """loss.png of a run: train and validation NLL over the steps, and the lines they must be seen against."""
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]  # step 1 sets no scale
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][
+        1:
+    ]  # step 1 sets no scale
 
     def draw(axes):
         ax = axes[0, 0]
         for split, colour in (("train", BLUE), ("val", ORANGE)):
-            ax.plot([e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour)
+            ax.plot(
+                [e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour
+            )
         for name, style in (("var2", ":"), ("var3", "--"), ("optimum", "-")):
             if name in figures:
                 ax.axhline(figures[name], color=INK, ls=style, lw=1, label=name.replace("var", "VAR "))
@@ -50,8 +54,14 @@ def draw_fan(axes, row, truth, fps, label):
     for clip, ax in enumerate(axes[:, 0]):
         mouths = np.array(row["mouths"])[:, clip]
         seconds = np.arange(mouths.shape[1]) / fps
-        ax.fill_between(seconds, *np.quantile(mouths, [0.05, 0.95], axis=0, method="weibull"), color=BLUE, alpha=0.18,
-                        lw=0, label="5–95 %")
+        ax.fill_between(
+            seconds,
+            *np.quantile(mouths, [0.05, 0.95], axis=0, method="weibull"),
+            color=BLUE,
+            alpha=0.18,
+            lw=0,
+            label="5–95 %",
+        )
         ax.plot(seconds, mouths.T, color=BLUE, alpha=0.35, lw=0.6, label="_")
         ax.plot(seconds, truth[clip], color=ORANGE, lw=1.8, label="truth")
         ax.set(ylabel="mouth opening", ylim=(0, None), xlim=(0, seconds[-1]))
@@ -65,23 +75,41 @@ def draw_latents(axes, rows):
     ax = axes[0, 0]
     for i, (label, row) in enumerate(rows.items()):
         scales = np.arange(1, len(row["latents"]["std"]) + 1) + 0.12 * (i - (len(rows) - 1) / 2)
-        ax.plot(scales, row["latents"]["std"], "osD^vP*X"[i % 8], color=(BLUE, ORANGE, GREEN, "#CC79A7")[i % 4], ms=7,
-                label=label)
+        ax.plot(
+            scales,
+            row["latents"]["std"],
+            "osD^vP*X"[i % 8],
+            color=(BLUE, ORANGE, GREEN, "#CC79A7")[i % 4],
+            ms=7,
+            label=label,
+        )
         for x, value in zip(scales, row["latents"]["lambda"], strict=True):
             ax.plot([x - 0.05, x + 0.05], [value**0.5] * 2, color=INK, lw=2)
     ax.plot([], [], color=INK, lw=2, label="√lambda of that row")
-    ax.set(xlabel="scale, deepest first", ylabel="std of z − m(c) on held-out clips", xticks=range(1, 5),
-           ylim=(0, None))
+    ax.set(
+        xlabel="scale, deepest first",
+        ylabel="std of z − m(c) on held-out clips",
+        xticks=range(1, 5),
+        ylim=(0, None),
+    )
     ax.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def draw_spectrum(axes, rows, fps):
     """Who trembles? Power of the head's position at each frequency."""
     ax = axes[0, 0]
-    for (label, row), (colour, style) in zip(rows.items(), ((INK, "-"), (ORANGE, "--"), (BLUE, "-."), (GREEN, ":")),
-                                             strict=False):
+    for (label, row), (colour, style) in zip(
+        rows.items(), ((INK, "-"), (ORANGE, "--"), (BLUE, "-."), (GREEN, ":")), strict=False
+    ):
         power = np.array(row["spectrum"])
-        ax.semilogy(np.arange(len(power)) * fps / 2 / (len(power) - 1), power, style, color=colour, lw=1.8, label=label)
+        ax.semilogy(
+            np.arange(len(power)) * fps / 2 / (len(power) - 1),
+            power,
+            style,
+            color=colour,
+            lw=1.8,
+            label=label,
+        )
     ax.set(xlabel="frequency, Hz", ylabel="power of the head's position", xlim=(0, fps / 2))
     ax.legend(frameon=False)
 
@@ -95,12 +123,20 @@ def draw_strips(axes, tracks, frames, fps):
             for first, last, closed in CURVES:
                 line = face[t, [*range(first, last + 1), *[first] * closed]] + [i * (high - low)[0] * 1.15, 0]
                 ax.plot(*line.T, color=ORANGE if first >= 48 else INK, lw=1.1, clip_on=False)
-        ax.set(xlim=(low[0], high[0] + (len(frames) - 1) * (high - low)[0] * 1.15), ylim=(high[1], low[1]),
-               aspect="equal", xticks=[], yticks=[])
+        ax.set(
+            xlim=(low[0], high[0] + (len(frames) - 1) * (high - low)[0] * 1.15),
+            ylim=(high[1], low[1]),
+            aspect="equal",
+            xticks=[],
+            yticks=[],
+        )
         ax.spines[:].set_visible(False)
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-    axes[0, 0].set_title("every row hears the same sound; frames at " + ", ".join(f"{t / fps:.2f}" for t in frames)
-                         + " s", fontsize=9, loc="left")
+    axes[0, 0].set_title(
+        "every row hears the same sound; frames at " + ", ".join(f"{t / fps:.2f}" for t in frames) + " s",
+        fontsize=9,
+        loc="left",
+    )
 
 
 def draw_figures(out, rows, held):
@@ -112,23 +148,39 @@ def draw_figures(out, rows, held):
     if flows:
         label, row = by_name[flows[0]]
         truth = mouth_opening(points(held.x[:3]))
-        figure(out / "fan.png", 8, 6, lambda axes: draw_fan(axes, row, truth, held.fps, label),
-               rows=min(3, len(held.x)))
-        scales = {lab: r for n, (lab, r) in by_name.items() if n in ("iid", "ar2", "learned-lambda", "checkpoint")
-                  and len(r["latents"]["std"]) > 1}
+        figure(
+            out / "fan.png",
+            8,
+            6,
+            lambda axes: draw_fan(axes, row, truth, held.fps, label),
+            rows=min(3, len(held.x)),
+        )
+        scales = {
+            lab: r
+            for n, (lab, r) in by_name.items()
+            if n in ("iid", "ar2", "learned-lambda", "checkpoint") and len(r["latents"]["std"]) > 1
+        }
         figure(out / "latents.png", 7, 4, lambda axes: draw_latents(axes, scales))
         made += ["fan.png", "latents.png"]
     compared = {by_name[n][0]: by_name[n][1] for n in ("truth", "iid", "ar2", "checkpoint") if n in by_name}
     if len(compared) > 1:
         figure(out / "jitter.png", 7, 4, lambda axes: draw_spectrum(axes, compared, held.fps))
         made.append("jitter.png")
-    strips = {by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0]
-              for n in ("truth", *SYSTEMS, "iid", "ar2", "checkpoint") if n in by_name}
+    strips = {
+        by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0]
+        for n in ("truth", *SYSTEMS, "iid", "ar2", "checkpoint")
+        if n in by_name
+    }
     if strips:
         mouth = mouth_opening(points(held.x[0]))
         middle = int(np.argmax(mouth[4:-4])) + 4  # around the widest mouth, two frames apart
         frames = [t for t in range(middle - 8, middle + 9, 2) if 0 <= t < held.T]
-        figure(out / "strips.png", 10, 0.95 * len(strips) + 0.4,
-               lambda axes: draw_strips(axes, strips, frames, held.fps), rows=len(strips))
+        figure(
+            out / "strips.png",
+            10,
+            0.95 * len(strips) + 0.4,
+            lambda axes: draw_strips(axes, strips, frames, held.fps),
+            rows=len(strips),
+        )
         made.append("strips.png")
     return made

@@ -58,7 +58,9 @@ def energy_score(draws, truth):
 def pairwise_distance(draws):
     """Diversity: mean distance, a norm over the last axis, between two of K draws (K, N, T, n) of the same sound ->
     (N,), the average pairwise distance of [9] taken frame by frame."""
-    pairs = [np.linalg.norm(draws[i] - draws[j], axis=-1).mean(-1) for i in range(len(draws)) for j in range(i)]
+    pairs = [
+        np.linalg.norm(draws[i] - draws[j], axis=-1).mean(-1) for i in range(len(draws)) for j in range(i)
+    ]
     return np.mean(pairs, 0)
 
 
@@ -198,13 +200,17 @@ class VectorAutoregression:
             gram[sound, sound] += ridge * torch.diag(gram[sound, sound].diagonal())
             A = torch.linalg.lstsq(gram[D:, D:], gram[D:, :D], driver="gelsd").solution  # (p D + S + 1, D)
             residual = gram[:D, :D] - gram[:D, D:] @ A - A.T @ gram[D:, :D] + A.T @ gram[D:, D:] @ A
-            self.models.append((A, torch.linalg.cholesky(residual / count + 1e-12 * torch.eye(D, dtype=torch.float64))))
+            self.models.append(
+                (A, torch.linalg.cholesky(residual / count + 1e-12 * torch.eye(D, dtype=torch.float64)))
+            )
 
     def rows(self, x, s, p):
         """[x_t, x_{t-1}, ..., x_{t-p}, s_t, 1] of every frame t >= p: (N, T - p, ...)."""
         x, T = x.double() - self.mean, x.shape[1]
         lags = [x[:, p - i : T - i] for i in range(p + 1)]
-        return torch.cat(lags + ([s[:, p:].double()] if s is not None else []) + [torch.ones_like(x[:, p:, :1])], 2)
+        return torch.cat(
+            lags + ([s[:, p:].double()] if s is not None else []) + [torch.ones_like(x[:, p:, :1])], 2
+        )
 
     def nll(self, x, s=None):
         """Nats per coordinate (N,) of x (N, T, D)."""
@@ -213,7 +219,9 @@ class VectorAutoregression:
         for p, (A, chol) in enumerate(self.models):
             end = T if p == len(self.models) - 1 else p + 1
             rows = self.rows(x[:, :end], None if s is None else s[:, :end], p)
-            e = torch.linalg.solve_triangular(chol, (rows[..., :D] - rows[..., D:] @ A).flatten(0, 1).T, upper=False)
+            e = torch.linalg.solve_triangular(
+                chol, (rows[..., :D] - rows[..., D:] @ A).flatten(0, 1).T, upper=False
+            )
             total += 0.5 * (e**2).sum(0).view(N, -1).sum(1)
             total += rows.shape[1] * (chol.diagonal().log().sum() + D / 2 * math.log(2 * math.pi))
         return (total / (T * D)).numpy()
@@ -249,7 +257,7 @@ def measure(flow, clips, split="test", limit=128, seed=0):
     """Figures of a trained flow on held-out clips, as a dict; what each means stands beside it in `report`.
 
     Landmarks are compared at the truth's own dequantisation noise, mouth openings with the clean truth: on the
-    synthetic talkers with the exact conditional mean, which is the best that any model can know. """
+    synthetic talkers with the exact conditional mean, which is the best that any model can know."""
     flow.eval()
     config, device = flow.config, flow.cond_mean.device
     T = clips.window_length(config.seq_len)
@@ -262,8 +270,12 @@ def measure(flow, clips, split="test", limit=128, seed=0):
     truth = mouth_opening(clean)
     if "modes" in clips.meta:
         articulation = np.load(clips.folder / "articulation.npy", mmap_mode="r")
-        articulation = np.stack([articulation[clip["start"] + s : clip["start"] + s + T] for clip, s in windows])
-        truth = mouth_opening(points(np.array(clips.meta["mean_face"]) + articulation @ np.array(clips.meta["modes"])))
+        articulation = np.stack(
+            [articulation[clip["start"] + s : clip["start"] + s + T] for clip, s in windows]
+        )
+        truth = mouth_opening(
+            points(np.array(clips.meta["mean_face"]) + articulation @ np.array(clips.meta["modes"]))
+        )
 
     def draw(t):
         return points(flow.sample(c.to(device), t, generator).cpu().numpy())
@@ -293,12 +305,20 @@ def measure(flow, clips, split="test", limit=128, seed=0):
 def report(figures):
     """The figures of `measure` as lines of text."""
     f, optimum = figures, figures.get("optimum")
-    gap = (lambda nll: f"   gap to the optimum {nll - optimum:.4f}") if optimum is not None else (lambda nll: "")
+    gap = (
+        (lambda nll: f"   gap to the optimum {nll - optimum:.4f}")
+        if optimum is not None
+        else (lambda nll: "")
+    )
     lines = [
         f"held-out figures ({f['clips']} windows of {f['frames']} frames; NLL in nats per coordinate per frame)",
         f"  flow                 {f['nll']:9.4f}{gap(f['nll'])}",
         *(f"  VAR({p}), no sound     {f[f'var{p}']:9.4f}{gap(f[f'var{p}'])}" for p in (2, 3)),
-        *([f"  optimum              {optimum:9.4f}   exact, by Kalman filter"] if optimum is not None else []),
+        *(
+            [f"  optimum              {optimum:9.4f}   exact, by Kalman filter"]
+            if optimum is not None
+            else []
+        ),
         f"  audio gain           {f['audio_gain']:9.2f}   nats a frame lost with another clip's sound",
         f"  head jitter          {f['head_jitter']:9.2f}   of the data's (mouth {f['mouth_jitter']:.2f})",
         f"  head velocity autoc. {f['velocity_autocorrelation']:9.2f}   data {f['velocity_autocorrelation_truth']:.2f}",

@@ -28,43 +28,69 @@ def rating_page(args, open_windows, labels):
     repeat. open_windows(clips, windows, seed) gives the evaluated windows again, labels {row: what the key calls it}."""
     folder = Path(args.results) if args.results else newest_evaluation()
     if not (folder / "results.json").is_file():
-        raise UserError(f"{folder}: no results.json vs a finished evaluation. Run: python evaluate.py --out {folder}")
+        raise UserError(
+            f"{folder}: no results.json vs a finished evaluation. Run: python evaluate.py --out {folder}"
+        )
     results = json.loads((folder / "results.json").read_text())
     facts = results["facts"]
     held = open_windows(talkingflow.Clips(facts["folder"]), facts["windows"], facts["seed"])
     if held.clips.meta["fingerprint"] != facts["fingerprint"]:
         raise UserError(f"{facts['folder']}: other clips vs those evaluated in {folder}. Evaluate again")
     have = {row["name"] for row in results["rows"].values()}
-    names = [name for name in args.rows.split(",") if name in have and (folder / "rows" / f"{name}.npy").is_file()]
+    names = [
+        name for name in args.rows.split(",") if name in have and (folder / "rows" / f"{name}.npy").is_file()
+    ]
     if len(names) < 2:
-        raise UserError(f"{folder}: {len(names)} of the systems {args.rows} vs at least 2. "
-                        "Evaluate them first, or change --rows")
+        raise UserError(
+            f"{folder}: {len(names)} of the systems {args.rows} vs at least 2. "
+            "Evaluate them first, or change --rows"
+        )
     sounds, stimuli, key = [], [], {}
     for number, (clip, s) in enumerate(held.windows[: args.clips]):
         rate = held.clips.meta["sample_rate"]
         first, last = (int(t * rate / held.fps) for t in (s, s + held.T))
-        sound = held.clips.audio[clip["audio_start"] + first : clip["audio_start"] + min(clip["audio_samples"], last)]
+        sound = held.clips.audio[
+            clip["audio_start"] + first : clip["audio_start"] + min(clip["audio_samples"], last)
+        ]
         sounds.append(base64.b64encode(wav_bytes(sound, rate)).decode())
         for name in names:
             face = points(np.load(folder / "rows" / f"{name}.npy")[0, number])
             face = (face - face.mean((0, 1))) / (np.ptp(face.reshape(-1, 2), 0).max() * 1.08) * 60000
             code = hashlib.sha256(f"{args.seed} {name} {clip['name']} {s}".encode()).hexdigest()[:12]
             key[code] = {"row": name, "label": labels[name], "clip": clip["name"]}
-            stimuli.append({"id": code, "sound": number, "frames": held.T,
-                            "points": base64.b64encode(face.clip(-32767, 32767).astype("<i2").tobytes()).decode()})
+            stimuli.append(
+                {
+                    "id": code,
+                    "sound": number,
+                    "frames": held.T,
+                    "points": base64.b64encode(face.clip(-32767, 32767).astype("<i2").tobytes()).decode(),
+                }
+            )
     stimuli.sort(key=lambda stimulus: stimulus["id"])
     name = hashlib.sha256("".join(v["id"] + v["points"] for v in stimuli).encode()).hexdigest()[:12]
-    page = {"set": name, "fps": held.fps, "curves": CURVES, "sounds": sounds, "stimuli": stimuli,
-            "checks": [2, 4], "questions": list(QUESTIONS.items()), "labels": SCALE}
+    page = {
+        "set": name,
+        "fps": held.fps,
+        "curves": CURVES,
+        "sounds": sounds,
+        "stimuli": stimuli,
+        "checks": [2, 4],
+        "questions": list(QUESTIONS.items()),
+        "labels": SCALE,
+    }
     assets, out = Path(__file__).resolve().parent.parent / "assets", Path(args.out or folder / "rating.html")
-    style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[1]  # one look for all
+    style = re.search(r"<style>(.*?)</style>", (assets / "player.html").read_text(), re.DOTALL)[
+        1
+    ]  # one look for all
     script = json.dumps(page).replace("</", "<\\/")
     text = (assets / "rating.html").read_text().replace("__STYLE__", style).replace("__PAGE__", script)
     console.write_atomically(out, lambda p: p.write_text(text))
     secret, answers = out.with_suffix(".key.json"), json.dumps({"set": name, "stimuli": key}, indent=1)
     console.write_atomically(secret, lambda p: p.write_text(answers))
-    print(f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), "
-          f"{out.stat().st_size / 1e6:.1f} MB, for the raters\n{secret}: which is which, not for the raters")
+    print(
+        f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), "
+        f"{out.stat().st_size / 1e6:.1f} MB, for the raters\n{secret}: which is which, not for the raters"
+    )
     return 0
 
 
@@ -72,7 +98,9 @@ def newest_evaluation():
     """The folder of the evaluation that finished last."""
     found = sorted(Path("runs").glob("evaluation-*/results.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError("runs/: no evaluation-*/results.json vs a finished evaluation. Run: python evaluate.py")
+        raise UserError(
+            "runs/: no evaluation-*/results.json vs a finished evaluation. Run: python evaluate.py"
+        )
     return found[-1].parent
 
 
@@ -81,13 +109,20 @@ def read_answers(path):
     path = Path(path)
     try:
         text = path.read_text("utf-8-sig")  # spreadsheets put a mark in front
-        rows = json.loads(text)["answers"] if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
-        rows = [{key: row[key] for key in ("rater", "set", "kind", "want", "stimulus", "question")}
-                | {key: int(row[key]) for key in ("score", "trial")} for row in rows]
+        rows = (
+            json.loads(text)["answers"] if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+        )
+        rows = [
+            {key: row[key] for key in ("rater", "set", "kind", "want", "stimulus", "question")}
+            | {key: int(row[key]) for key in ("score", "trial")}
+            for row in rows
+        ]
         wrong = next((row["score"] for row in rows if row["score"] not in range(1, 6)), None)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. "
-                        "Ask the rater again") from None
+        raise UserError(
+            f"{path}: unreadable ({type(e).__name__}: {e}) vs a file that the rating page downloads. "
+            "Ask the rater again"
+        ) from None
     if wrong is not None:
         raise UserError(f"{path}: a score of {wrong} vs 1 to 5. Ask the rater again")
     return rows
@@ -98,8 +133,11 @@ def reliable(answers):
     off."""
     checks = [str(a["score"]) == str(a["want"]) for a in answers if a["kind"] == "check"]
     first = {(a["stimulus"], a["question"]): a["score"] for a in answers if a["kind"] == "rate"}
-    steady = (abs(a["score"] - first.get((a["stimulus"], a["question"]), a["score"])) <= 2 for a in answers
-              if a["kind"] == "repeat")
+    steady = (
+        abs(a["score"] - first.get((a["stimulus"], a["question"]), a["score"])) <= 2
+        for a in answers
+        if a["kind"] == "repeat"
+    )
     return bool(checks) and all(checks) and all(steady)
 
 
@@ -107,10 +145,16 @@ def mean_opinion(ratings, draws=2000, seed=0):
     """{rater: [scores]} of one system -> mean over all scores and the 95 % interval when raters, not scores, are drawn
     with replacement: scores of one rater are not independent."""
     sums = np.array([[sum(scores), len(scores)] for scores in ratings.values()], float)
-    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws) @ sums
+    counts = (
+        np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws) @ sums
+    )
     low, high = np.quantile(counts[:, 0] / counts[:, 1], [0.025, 0.975])
-    return {"mean": float(sums[:, 0].sum() / sums[:, 1].sum()), "low": float(low), "high": float(high),
-            "count": int(sums[:, 1].sum())}
+    return {
+        "mean": float(sums[:, 0].sum() / sums[:, 1].sum()),
+        "low": float(low),
+        "high": float(high),
+        "count": int(sums[:, 1].sum()),
+    }
 
 
 def ratings_needed(difference, sd):
@@ -126,23 +170,31 @@ def rating_results(args):
         key = json.loads(path.read_text())
         page, labels = key["set"], {code: stimulus["label"] for code, stimulus in key["stimuli"].items()}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"--key: {path} unreadable ({type(e).__name__}: {e}) vs the .key.json written beside the "
-                        "page. Give that file") from None
+        raise UserError(
+            f"--key: {path} unreadable ({type(e).__name__}: {e}) vs the .key.json written beside the "
+            "page. Give that file"
+        ) from None
     by_rater = {}
     for file in args.files:
         for answer in read_answers(file):
             if answer["set"] != page or answer["stimulus"] not in labels:
-                raise UserError(f"{file}: answers to page {answer['set']} vs {page} of {path}. "
-                                "Pass that page's key with --key")
+                raise UserError(
+                    f"{file}: answers to page {answer['set']} vs {page} of {path}. "
+                    "Pass that page's key with --key"
+                )
             answers, place = by_rater.setdefault(answer["rater"], {}), (answer["trial"], answer["question"])
             old = answers.setdefault(place, answer)  # a file given twice counts once
             if old["score"] != answer["score"]:
-                raise UserError(f"{file}: rater {answer['rater']} answered differently in another file vs one name a "
-                                "person. Rename one of the two")
+                raise UserError(
+                    f"{file}: rater {answer['rater']} answered differently in another file vs one name a "
+                    "person. Rename one of the two"
+                )
     raters = {name: list(answers.values()) for name, answers in by_rater.items()}
     kept = {name: answers for name, answers in raters.items() if reliable(answers)}
-    print(f"{len(raters)} raters, {len(raters) - len(kept)} left out: no or a wrong attention check, or a repeat more "
-          "than 2 off")
+    print(
+        f"{len(raters)} raters, {len(raters) - len(kept)} left out: no or a wrong attention check, or a repeat more "
+        "than 2 off"
+    )
     if not kept:
         raise UserError("ratings: no reliable rater vs at least 1. Collect more")
     for question, text in QUESTIONS.items():
@@ -154,8 +206,10 @@ def rating_results(args):
         found = {label: mean_opinion(ratings, seed=args.seed) for label, ratings in systems.items()}
         order = sorted(found, key=lambda label: -found[label]["mean"])
         scores = {label: np.concatenate([*systems[label].values()]) for label in order}
-        print(f"\n{text}\n\n| system | mean opinion [95 % over raters] | ratings | more ratings a system to tell it "
-              "from the next |\n|---|---|---|---|")
+        print(
+            f"\n{text}\n\n| system | mean opinion [95 % over raters] | ratings | more ratings a system to tell it "
+            "from the next |\n|---|---|---|---|"
+        )
         for label, after in zip(order, [*order[1:], None], strict=True):
             f, more = found[label], "–"
             if after:

@@ -22,8 +22,15 @@ class SyncNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.towers = nn.ModuleList(
-            nn.Sequential(nn.Linear(size, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(),
-                          nn.Dropout(0.2), nn.Linear(256, 64))
+            nn.Sequential(
+                nn.Linear(size, 256),
+                nn.ReLU(),
+                nn.Dropout(0.2),
+                nn.Linear(256, 256),
+                nn.ReLU(),
+                nn.Dropout(0.2),
+                nn.Linear(256, 64),
+            )
             for size in (self.FRAMES * 40, self.COLUMNS * self.BANDS)
         )
         self.register_buffer("lip_scale", torch.zeros(2, 40))  # mean, standard deviation
@@ -31,18 +38,23 @@ class SyncNet(nn.Module):
 
     def embed_lips(self, lips):
         """(..., 5, 40) -> unit vectors (..., 64)."""
-        return F.normalize(self.towers[0](((lips - self.lip_scale[0]) / self.lip_scale[1]).flatten(-2)), dim=-1)
+        return F.normalize(
+            self.towers[0](((lips - self.lip_scale[0]) / self.lip_scale[1]).flatten(-2)), dim=-1
+        )
 
     def embed_sound(self, mel):
         """(..., 20, 40) -> unit vectors (..., 64)."""
-        return F.normalize(self.towers[1](((mel - self.mel_scale[0]) / self.mel_scale[1]).flatten(-2)), dim=-1)
+        return F.normalize(
+            self.towers[1](((mel - self.mel_scale[0]) / self.mel_scale[1]).flatten(-2)), dim=-1
+        )
 
     def fit(self, lips, mel, steps, seed=0, batch=128):
         """lips (N, T, 40), mel (N, 4T, 40) of real pairs. Non-pairs, as many as pairs: the same clip 5 to 50 frames
         off, or another."""
         generator = torch.Generator().manual_seed(seed)
-        self.lip_scale[:], self.mel_scale[:] = (torch.stack([v.mean((0, 1)), v.std((0, 1)) + 1e-6])
-                                                for v in (lips, mel))
+        self.lip_scale[:], self.mel_scale[:] = (
+            torch.stack([v.mean((0, 1)), v.std((0, 1)) + 1e-6]) for v in (lips, mel)
+        )
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.05)
         N, T = lips.shape[:2]
 
@@ -58,7 +70,10 @@ class SyncNet(nn.Module):
             clip, t = draw(0, N), draw(0, T - 4)
             far = t + draw(5, 51) * (2 * draw(0, 2) - 1)
             same = (far >= 0) & (far < T - 4) & (draw(0, 2) == 1)
-            other, other_t = torch.where(same, clip, (clip + draw(1, N)) % N), torch.where(same, far, draw(0, T - 4))
+            other, other_t = (
+                torch.where(same, clip, (clip + draw(1, N)) % N),
+                torch.where(same, far, draw(0, T - 4)),
+            )
             v = self.embed_lips(take(lips, clip, t, 5))
             near = (v - self.embed_sound(take(mel, clip, 4 * t, 20))).norm(dim=-1)
             wrong = (v - self.embed_sound(take(mel, other, 4 * other_t, 20))).norm(dim=-1)
@@ -80,7 +95,10 @@ class SyncNet(nn.Module):
         """AUC of held-out real pairs against another clip's sound: by clip (what the score is) and by five-frame
         window."""
         near, wrong = self.distances(lips, mel).numpy(), self.distances(lips, mel.roll(1, 0)).numpy()
-        return {"auc": auc(near.mean(1), wrong.mean(1)), "auc_window": auc(near.ravel()[::7], wrong.ravel()[::7])}
+        return {
+            "auc": auc(near.mean(1), wrong.mean(1)),
+            "auc_window": auc(near.ravel()[::7], wrong.ravel()[::7]),
+        }
 
 
 def lip_shapes(track):

@@ -16,26 +16,29 @@ from media.landmarks import points
 from study.syncnet import SyncNet
 
 SHRINK = 8  # the releases' widths over this on a CPU, their LSTMs' over 2, Lu's head's over 4; 1 with --release-sizes
-DEVIATIONS = {name: " ".join(text.split()) for name, text in {
-    "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the same
+DEVIATIONS = {
+    name: " ".join(text.split())
+    for name, text in {
+        "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the same
         look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8 validations, as many
         steps as the flows (8 windows each, Chen and Ji 16 times 16 frames as released) instead of days at the release's
         rate with batches of 128 (Eskimez) and 32 (Lu); Adam's usual betas; gradients clipped at 1; Keras', He's or
         Glorot's start; widths are the release's over {size} (where that is not 1: LSTMs over 2, Lu's head over 4).
         Test-time edits of the releases (mouth amplification, smoothing) are left out""",
-    "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no identity
+        "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no identity
         removal; no delayed target; what each layer reads is standardised, and the last one starts at the mean face""",
-    "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components in place of
+        "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components in place of
         6, because these faces keep their head motion, which takes the first ones; the example is the window's own first
         true frame, so this row is told the person's face""",
-    "ji": """68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion branch learns
+        "ji": """68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion branch learns
         with the rest and its code is whatever lowers the loss; without labels and aligned sentence pairs there is no
         classifier and no cross-reconstruction to pre-train on; the example is the mean face, as released""",
-    "lu": """two mel columns in place of the frozen APC features and their projection; lips and chin in the plane of the
+        "lu": """two mel columns in place of the frozen APC features and their projection; lips and chin in the plane of the
         mean face in place of 25 points in 3-D; the head is the plane's affine map (6 numbers and 6 velocities) in place
         of 3-D pose, its least sigma of 0.03 in standard deviations of that pose; windows of the flows' length in place
         of 240 frames; sampled with sigma times 0.3, as released, without the smoothing that follows there""",
-}.items()}
+    }.items()
+}
 
 
 class SigmoidLSTM(nn.Module):
@@ -45,11 +48,19 @@ class SigmoidLSTM(nn.Module):
 
     def __init__(self, inputs, H, dropout=0.2):
         super().__init__()
-        self.inputs, self.recurrent, self.dropout = nn.Linear(inputs, 4 * H), nn.Linear(H, 4 * H, bias=False), dropout
+        self.inputs, self.recurrent, self.dropout = (
+            nn.Linear(inputs, 4 * H),
+            nn.Linear(H, 4 * H, bias=False),
+            dropout,
+        )
         nn.init.xavier_uniform_(self.inputs.weight)
         nn.init.orthogonal_(self.recurrent.weight)
-        self.inputs.bias.data = torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(H)  # forget gates start open
-        self.register_buffer("scale", torch.tensor([[0.0], [1.0]]).repeat(1, inputs))  # mean, standard deviation
+        self.inputs.bias.data = torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(
+            H
+        )  # forget gates start open
+        self.register_buffer(
+            "scale", torch.tensor([[0.0], [1.0]]).repeat(1, inputs)
+        )  # mean, standard deviation
 
     def begin(self, x):
         """Measure what this layer reads, x (B, T, C); its outputs, for the next one."""
@@ -82,10 +93,14 @@ class Eskimez(nn.Module):
     def __init__(self, held, x, c, size):
         super().__init__()
         H, M, D = 256 // min(size, 2), c.shape[2], x.shape[2]
-        self.layers = nn.Sequential(SigmoidLSTM(8 * M, H), SigmoidLSTM(H, H), SigmoidLSTM(H, H), SigmoidLSTM(H, D))
+        self.layers = nn.Sequential(
+            SigmoidLSTM(8 * M, H), SigmoidLSTM(H, H), SigmoidLSTM(H, H), SigmoidLSTM(H, D)
+        )
         self.register_buffer("unit", x.var((0, 1)).mean())  # for a loss of order 1
         last = self.layers[3]
-        with torch.no_grad():  # near the mean face: gates at sigmoid(1) rest the cell at 1.99, outputs reach 0.88
+        with (
+            torch.no_grad()
+        ):  # near the mean face: gates at sigmoid(1) rest the cell at 1.99, outputs reach 0.88
             last.inputs.weight *= 0.1
             last.recurrent.weight *= 0.1
             last.inputs.bias.fill_(1)
@@ -97,6 +112,7 @@ class Eskimez(nn.Module):
 
     def hear(self, c):
         """First and second differences of log-mel c (B, T, M), of this frame and three past ones -> (B, T, 8 M)."""
+
         def past(v, i):
             return torch.cat([v[:, :1].expand(-1, i, -1), v[:, : v.shape[1] - i]], 1)
 
@@ -175,9 +191,17 @@ class Chen(nn.Module):
         k = torch.arange(1, 13)[:, None] * (torch.arange(SyncNet.BANDS) + 0.5) * math.pi / SyncNet.BANDS
         self.register_buffer("dct", (2 / SyncNet.BANDS) ** 0.5 * k.cos())  # cepstra 1..12, c0 dropped
         self.sound = nn.Sequential(
-            convolutions((1, w), (w, 2 * w), ("pool", 3, (1, 2)), (2 * w, 4 * w), (4 * w, 4 * w), (4 * w, 8 * w),
-                         ("pool", 3, (2, 2))),
-            perceptron(192 * w, 32 * w, 256))
+            convolutions(
+                (1, w),
+                (w, 2 * w),
+                ("pool", 3, (1, 2)),
+                (2 * w, 4 * w),
+                (4 * w, 4 * w),
+                (4 * w, 8 * w),
+                ("pool", 3, (2, 2)),
+            ),
+            perceptron(192 * w, 32 * w, 256),
+        )
         self.example = perceptron(components, 256, 512)
         H = 256 // min(size, 2)
         self.lstm = three_lstms(768 + self.EMOTION, H)
@@ -214,9 +238,17 @@ class Ji(Chen):
         super().__init__(held, x, c, size)
         w = 64 // size
         self.emotion = nn.Sequential(
-            convolutions((1, w), ("pool", (1, 3), (1, 2)), (w, 2 * w), (2 * w, 4 * w), ("pool", (12, 1)),
-                         (4 * w, 8 * w), ("pool", (1, 2))),
-            perceptron(48 * w, 32 * w, self.EMOTION))
+            convolutions(
+                (1, w),
+                ("pool", (1, 3), (1, 2)),
+                (w, 2 * w),
+                (2 * w, 4 * w),
+                ("pool", (12, 1)),
+                (4 * w, 8 * w),
+                ("pool", (1, 2)),
+            ),
+            perceptron(48 * w, 32 * w, self.EMOTION),
+        )
 
     def features(self, patches):
         return torch.cat([self.sound(patches), self.emotion(patches.transpose(2, 3))], 1)
@@ -224,8 +256,9 @@ class Ji(Chen):
     def loss(self, x, c, fine):
         code = self(fine[:, 4:], torch.zeros_like(self.pca.encode(x[:, 0])))
         unit = self.pca.unit
-        return F.mse_loss(code, self.pca.encode(x[:, 1:])) + 10 * F.mse_loss(self.pca.decode(code) / unit,
-                                                                             x[:, 1:] / unit)
+        return F.mse_loss(code, self.pca.encode(x[:, 1:])) + 10 * F.mse_loss(
+            self.pca.decode(code) / unit, x[:, 1:] / unit
+        )
 
     def draw(self, x, c, fine, draws, generator):
         return self.pca.decode(self(fine, torch.zeros_like(self.pca.encode(x[:, 0]))))[None]
@@ -241,18 +274,34 @@ class Lu(nn.Module):
         super().__init__()
         H, M, C, wide = 512 // size, 2 * c.shape[2], 128 // min(size, 4), 256 // min(size, 2)
         self.register_buffer("face", points(x.mean((0, 1))))  # (68, 2)
-        self.register_buffer("solve", torch.linalg.pinv(F.pad(self.face[self.STILL], (0, 1), value=1.0)))  # (3, 31)
+        self.register_buffer(
+            "solve", torch.linalg.pinv(F.pad(self.face[self.STILL], (0, 1), value=1.0))
+        )  # (3, 31)
         pose = self.pose(x)
         self.register_buffer("pose_scale", torch.stack([pose.mean((0, 1)), pose.std((0, 1)) + 1e-6]))
         self.register_buffer("sound_scale", torch.stack([c.mean((0, 1)), c.std((0, 1)) + 1e-6]).repeat(1, 2))
-        self.register_buffer("mouth_scale", (self.mouth(x) - self.face[self.MOUTH]).flatten(2).std((0, 1)) + 1e-6)
+        self.register_buffer(
+            "mouth_scale", (self.mouth(x) - self.face[self.MOUTH]).flatten(2).std((0, 1)) + 1e-6
+        )
         self.down = nn.Sequential(nn.Linear(M, H), nn.BatchNorm1d(H), nn.LeakyReLU(0.2), nn.Linear(H, H))
         self.lstm = three_lstms(H, wide)
-        self.up = nn.Sequential(nn.Linear(wide, H), nn.BatchNorm1d(H), nn.LeakyReLU(0.2), nn.Linear(H, H),
-                                nn.BatchNorm1d(H), nn.LeakyReLU(0.2), nn.Linear(H, 2 * len(self.MOUTH)))
-        self.start = nn.Sequential(nn.Conv1d(12, C, 1), nn.LeakyReLU(0.2), nn.Conv1d(C, C, 1), nn.LeakyReLU(0.2))
+        self.up = nn.Sequential(
+            nn.Linear(wide, H),
+            nn.BatchNorm1d(H),
+            nn.LeakyReLU(0.2),
+            nn.Linear(H, H),
+            nn.BatchNorm1d(H),
+            nn.LeakyReLU(0.2),
+            nn.Linear(H, 2 * len(self.MOUTH)),
+        )
+        self.start = nn.Sequential(
+            nn.Conv1d(12, C, 1), nn.LeakyReLU(0.2), nn.Conv1d(C, C, 1), nn.LeakyReLU(0.2)
+        )
         self.dilated = nn.ModuleList(nn.Conv1d(C, 2 * C, 2, dilation=2**i) for i in [*range(7)] * 2)
-        self.cond, self.residual = nn.Linear(M, 14 * 2 * C), nn.ModuleList(nn.Conv1d(C, C, 1) for _ in range(14))
+        self.cond, self.residual = (
+            nn.Linear(M, 14 * 2 * C),
+            nn.ModuleList(nn.Conv1d(C, C, 1) for _ in range(14)),
+        )
         self.skip = nn.ModuleList(nn.Conv1d(C, 2 * C, 1) for _ in range(14))
         self.end = nn.Sequential(nn.ReLU(), nn.Conv1d(2 * C, 2 * C, 1), nn.ReLU(), nn.Conv1d(2 * C, 24, 1))
 
@@ -310,16 +359,21 @@ class Lu(nn.Module):
         past = cond.new_zeros(len(cond), 1, 12)
         for t in range(c.shape[1]):
             mean, log_sigma = self.head(past, cond[:, t : t + 1], memory)
-            past = mean + sigma * log_sigma.exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
+            past = mean + sigma * log_sigma.exp() * torch.randn(mean.shape, generator=generator).to(
+                mean.device
+            )
             frames.append(past[:, 0, :6])
         pose = torch.stack(frames, 1) * self.pose_scale[1] + self.pose_scale[0]  # (K B, T, 6)
         face = F.pad(still, (0, 1), value=1.0).repeat(draws, 1, 1, 1) @ pose.unflatten(2, (3, 2))
         return face.flatten(2).unflatten(0, (draws, -1))
 
 
-SYSTEMS = {"eskimez": ("Eskimez et al. [3]", Eskimez), "chen": ("Chen et al., ATNet [4], told the first frame", Chen),
-           "ji": ("Ji et al., EVP [5]", Ji),
-           "lu": ("Lu et al., Live Speech Portraits [6]", Lu)}
+SYSTEMS = {
+    "eskimez": ("Eskimez et al. [3]", Eskimez),
+    "chen": ("Chen et al., ATNet [4], told the first frame", Chen),
+    "ji": ("Ji et al., EVP [5]", Ji),
+    "lu": ("Lu et al., Live Speech Portraits [6]", Lu),
+}
 
 
 def columns_for(net, held, windows, T):

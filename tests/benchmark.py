@@ -31,7 +31,13 @@ SHAPES += [("long clips", 128, 128, 128, 256, 3, 8), ("one live frame", 1, 256, 
 # Peak TFLOP/s of float32 and of dense 16-bit tensor cores, and TB/s: NVIDIA's data sheets, SXM.
 GPUS = {"V100": (15.7, 125, 0.9), "A100": (19.5, 312, 2.04), "H100": (66.9, 989, 3.35)}
 # threads, blocks and KB of shared memory an SM holds (CUDA programming guide, table of compute capabilities)
-SM = {"75": (1024, 16, 64), "80": (2048, 32, 164), "86": (1536, 16, 100), "89": (1536, 24, 100), "90": (2048, 32, 228)}
+SM = {
+    "75": (1024, 16, 64),
+    "80": (2048, 32, 164),
+    "86": (1536, 16, 100),
+    "89": (1536, 24, 100),
+    "90": (2048, 32, 228),
+}
 SM |= {"100": (2048, 32, 228), "120": (1536, 24, 100)}
 
 
@@ -72,7 +78,9 @@ def instructions(cubin, disassembler):
     for line in text.splitlines():
         if found := re.match(r"\s*\.text\.(\w+):", line):
             kernel = mixes.setdefault(found[1], collections.Counter())
-        elif kernel is not None and (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line)):
+        elif kernel is not None and (
+            found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line)
+        ):
             kernel[found[1]] += 1
     return mixes
 
@@ -105,10 +113,14 @@ def static_table(arch, dtype):
         f"\nStatic, {dtype} on sm_{arch} (K = 3, d = 4); warps: of those an SM can hold"
         + ("" if mixes else "; no nvdisasm: no instructions")
     )
-    print(f"{'kernel':20} {'registers':>9} {'stack':>5} {'spills':>6} {'shared':>6} {'warps':>5}  instructions")
+    print(
+        f"{'kernel':20} {'registers':>9} {'stack':>5} {'spills':>6} {'shared':>6} {'warps':>5}  instructions"
+    )
     for block in report.split("Compiling entry function '")[1:]:
         mangled = block.split("'")[0]
-        length, rest = re.match(r"_Z(\d+)(\w+)", mangled).groups()  # C++ names: length, name, I template arguments E
+        length, rest = re.match(
+            r"_Z(\d+)(\w+)", mangled
+        ).groups()  # C++ names: length, name, I template arguments E
         name, arguments = rest[: int(length)], rest[int(length) :]
         if not arguments.startswith(f"I{letter}") and not (name.endswith("v3") and dtype == "bfloat16"):
             continue
@@ -125,12 +137,16 @@ def static_table(arch, dtype):
             "dw_v3": 80 * 128,
         }.get(name.split()[0], 0)
         most, blocks, kilobytes = SM.get(arch, SM["80"])
-        per_warp = -(-registers * 32 // 256) * 256  # registers come in units of 256 a warp; CUDA keeps 1 KB a block
+        per_warp = (
+            -(-registers * 32 // 256) * 256
+        )  # registers come in units of 256 a warp; CUDA keeps 1 KB a block
         resident = min(
             65536 // (per_warp * threads // 32), most // threads, blocks, kilobytes * 1024 // (shared + 1024)
         )
         top = ", ".join(f"{n} {op}" for op, n in mixes.get(mangled, {}).most_common(6)) if mixes else ""
-        print(f"{name:20} {registers:9} {stack:>5} {spill:>6} {shared:6} {resident * threads / most:5.0%}  {top}")
+        print(
+            f"{name:20} {registers:9} {stack:>5} {spill:>6} {shared:6} {resident * threads / most:5.0%}  {top}"
+        )
 
 
 def time_ms(function, flush, repeats=30):
@@ -178,7 +194,8 @@ def time_on_gpu(dtype):
     for name, B, C, H, T, K, d in SHAPES:
         shapes = ((B, C, T), 1), ((2 * H, C, K), (C * K) ** -0.5), ((2 * H,), 1), ((B, 2 * H, T), 1)
         tensors = [
-            (torch.randn(s, device="cuda") * scale).to(getattr(torch, dtype)).requires_grad_() for s, scale in shapes
+            (torch.randn(s, device="cuda") * scale).to(getattr(torch, dtype)).requires_grad_()
+            for s, scale in shapes
         ]
         flop, size = work(B, C, H, T, K, tensors[0].element_size())
         print(
@@ -186,7 +203,9 @@ def time_on_gpu(dtype):
             f"{'':12} {'forward us':>10} {'GB/s':>7} {'TFLOP/s':>8} {'fwd + bwd us':>13}"
         )
         candidates = {"eager": (0, talkingflow.gated_causal_conv_reference), "compile": (0, compiled)}
-        candidates |= {f"version {v}": (v, kernel) for v in (1, 2, 3) if kernel and (v < 3 or dtype == "bfloat16")}
+        candidates |= {
+            f"version {v}": (v, kernel) for v in (1, 2, 3) if kernel and (v < 3 or dtype == "bfloat16")
+        }
         for label, (version, function) in candidates.items():
             gated_conv.KERNEL_VERSION = version
             try:
@@ -194,11 +213,15 @@ def time_on_gpu(dtype):
             except RuntimeError as error:
                 print(f"{label:12} {str(error).splitlines()[0][:90]}")
                 continue
-            print(f"{label:12} {one * 1e3:10.1f} {size / one / 1e6:7.0f} {flop / one / 1e9:8.2f} {two * 1e3:13.1f}")
+            print(
+                f"{label:12} {one * 1e3:10.1f} {size / one / 1e6:7.0f} {flop / one / 1e9:8.2f} {two * 1e3:13.1f}"
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--arch", default="80,90", help="for the static table, e.g. 75,80,86,89,90,100,120")
     args = parser.parse_args()

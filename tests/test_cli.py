@@ -45,7 +45,11 @@ def run_process(folder, *args, **more):
 
 
 def write_wav(path, seconds=1.0, rate=16000, channels=1, amplitude=0.2, seed=0):
-    samples = amplitude * np.random.default_rng(seed).standard_normal((int(seconds * rate), channels)).clip(-3, 3) / 3
+    samples = (
+        amplitude
+        * np.random.default_rng(seed).standard_normal((int(seconds * rate), channels)).clip(-3, 3)
+        / 3
+    )
     with wave.open(str(path), "wb") as f:
         f.setparams((channels, 2, rate, 0, "NONE", ""))
         f.writeframes((samples * 32767).astype("<i2").tobytes())
@@ -100,7 +104,9 @@ def test_the_loss_of_ten_seeded_steps_is_what_it_was(talkers):
     trainer.model.register_forward_hook(lambda module, args, output: losses.append(output[0].item()))
     for _ in range(10):
         trainer.train_step()
-    assert losses == pytest.approx(LITERAL_LOSSES, abs=2e-3)  # 1 % would be wide here: the ten differ by 0.2 %
+    assert losses == pytest.approx(
+        LITERAL_LOSSES, abs=2e-3
+    )  # 1 % would be wide here: the ten differ by 0.2 %
 
 
 LITERAL_LOSSES = [-4.684, -4.6835, -4.6878, -4.676, -4.6797, -4.6864, -4.6865, -4.6865, -4.6833, -4.6842]
@@ -136,8 +142,18 @@ def test_validating_more_often_does_not_change_the_weights(talkers, tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_go_on(talkers, tmp_path, number, status):
-    command = [sys.executable, str(ROOT / "talkingflow.py"), "train", "--data", str(talkers), "--steps", "100000",
-               "--out", "run", *SMALL]
+    command = [
+        sys.executable,
+        str(ROOT / "talkingflow.py"),
+        "train",
+        "--data",
+        str(talkers),
+        "--steps",
+        "100000",
+        "--out",
+        "run",
+        *SMALL,
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=tmp_path, env=ENV, text=True, **pipes)
     for line in process.stdout:
@@ -175,7 +191,9 @@ def test_two_processes_train_the_same_weights_as_one_writer(talkers, tmp_path):
                "train", "--data", str(talkers), "--steps", "10", "--device", "cpu", "--out", "run", *SMALL]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [1, 10]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ] == [1, 10]
     flow, _ = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     x, c = Clips(talkers).batch(Clips(talkers).windows("val", 40, 4), 40)
     assert flow.nll(x, c).isfinite().all()
@@ -201,7 +219,12 @@ def test_sample_writes_every_format(trained, suffix, tmp_path):
     if suffix == ".npz":
         f = np.load(out)
         assert f["landmarks"].shape == (2, 80, 68, 2) and f["landmarks"].dtype == np.float32
-        assert (int(f["fps"]), str(f["layout"]), int(f["seed"]), float(f["temperature"])) == (25, "ibug68", 7, 1.0)
+        assert (int(f["fps"]), str(f["layout"]), int(f["seed"]), float(f["temperature"])) == (
+            25,
+            "ibug68",
+            7,
+            1.0,
+        )
         assert len(str(f["checkpoint"])) == 64 and str(f["audio"])
     if suffix == ".npy":
         assert np.load(out).shape == (2, 80, 68, 2)
@@ -211,7 +234,9 @@ def test_sample_writes_every_format(trained, suffix, tmp_path):
         assert lines[0].startswith("frame, face_id, timestamp, confidence, success, x_0, x_1")
     if suffix == ".html":
         page = out.read_text()
-        assert "http" not in page and "src=" not in page and "@import" not in page  # nothing comes from outside
+        assert (
+            "http" not in page and "src=" not in page and "@import" not in page
+        )  # nothing comes from outside
     if suffix == ".gif":
         assert out.read_bytes()[:6] == b"GIF89a"
 
@@ -232,7 +257,9 @@ def test_without_a_run_the_pretrained_weights_speak(tmp_path):
 def test_a_sample_does_not_depend_on_how_many_are_drawn(trained, tmp_path):
     folder, _ = trained
     for faces in (1, 3):
-        assert run(folder, "sample", "--num-samples", faces, "--out", tmp_path / f"{faces}.npy").returncode == 0
+        assert (
+            run(folder, "sample", "--num-samples", faces, "--out", tmp_path / f"{faces}.npy").returncode == 0
+        )
     one, three = np.load(tmp_path / "1.npy"), np.load(tmp_path / "3.npy")
     assert np.array_equal(one[0], three[0]) and not np.array_equal(three[0], three[1])
 
@@ -316,7 +343,9 @@ def test_stream_prints_a_line_a_frame_equal_to_sample(trained, tmp_path):
     assert [line["frame"] for line in lines] == list(range(50)) and lines[1]["time"] == 0.04
     flags = ["--seed", 3, "--num-samples", 1, "--out", tmp_path / "x.npy"]
     assert run(folder, "sample", "--audio", wav, *flags).returncode == 0
-    assert np.abs(np.array([line["landmarks"] for line in lines]) - np.load(tmp_path / "x.npy")[0]).max() < 2e-5
+    assert (
+        np.abs(np.array([line["landmarks"] for line in lines]) - np.load(tmp_path / "x.npy")[0]).max() < 2e-5
+    )
 
 
 def test_stream_speaks_while_the_sound_arrives(trained):
@@ -390,7 +419,13 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
     lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    damaged = {"flipped": bytes(flipped), "half": good[: len(good) // 2], "empty": b"", "text": b"hello", "lfs": lfs}
+    damaged = {
+        "flipped": bytes(flipped),
+        "half": good[: len(good) // 2],
+        "empty": b"",
+        "text": b"hello",
+        "lfs": lfs,
+    }
     for name, content in damaged.items():
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
@@ -434,7 +469,10 @@ def test_bad_sounds_and_outputs_end_in_one_line_and_leave_nothing(trained, tmp_p
                        ("short", "480 samples"), ("missing", "no such file")):  # fmt: skip
         fails(run(folder, "sample", "--audio", tmp_path / f"{name}.wav", "--out", f"{out}.npz"), word)
     fails(run(folder, "sample", "--audio", tmp_path, "--out", f"{out}.npz"), "a folder")
-    fails(run(folder, "sample", "--audio", good, "--out", f"{out}.bvh"), ".bvh vs .html, .npz, .csv, .npy, .gif, .mp4")
+    fails(
+        run(folder, "sample", "--audio", good, "--out", f"{out}.bvh"),
+        ".bvh vs .html, .npz, .csv, .npy, .gif, .mp4",
+    )
     fails(run(folder, "sample", "--audio", good, "--out", out), "suffix missing")
     fails(run(folder, "sample", "--clip", "nobody", "--out", f"{out}.npz"), "no clip nobody")
     assert not list(tmp_path.glob("out*"))
@@ -448,7 +486,10 @@ def test_bad_sounds_and_outputs_end_in_one_line_and_leave_nothing(trained, tmp_p
 def test_a_video_without_its_decoder_says_what_to_install(trained, tmp_path, monkeypatch):
     (tmp_path / "talk.mp4").write_bytes(b"\0" * 100)
     monkeypatch.setitem(sys.modules, "av", None)
-    fails(run(trained[0], "sample", "--audio", tmp_path / "talk.mp4", "--out", tmp_path / "x.npz"), "pip install av")
+    fails(
+        run(trained[0], "sample", "--audio", tmp_path / "talk.mp4", "--out", tmp_path / "x.npz"),
+        "pip install av",
+    )
 
 
 def test_mp4_without_ffmpeg_says_what_to_do(trained, tmp_path):

@@ -1,4 +1,5 @@
 """prepare_data.py: what it promises of the folder it writes and of the talkers it invents."""
+
 import contextlib
 import functools
 import io
@@ -48,15 +49,17 @@ def test_kalman_likelihood_equals_a_dense_multivariate_normal():
     talker, rng, T = SyntheticFace(), np.random.default_rng(0), 4
     articulation = articulate(say(3, 12, rng))[:, :T]
     x = talker.draw(articulation, rng)
-    cov = NOISE ** 2 * np.eye(T * 136)
+    cov = NOISE**2 * np.eye(T * 136)
     lag = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
     for (pole, std), drawing in zip(talker.dynamics, talker.drawings):
-        r = [1.0, 2 * (pole or 1) / (1 + (pole or 1) ** 2)]                     # autocorrelation of the AR(2)
+        r = [1.0, 2 * (pole or 1) / (1 + (pole or 1) ** 2)]  # autocorrelation of the AR(2)
         while len(r) < T:
-            r.append(r[-1] if pole is None else 2 * pole * r[-1] - pole ** 2 * r[-2])
-        cov += np.kron(std ** 2 * np.array(r)[lag], np.outer(drawing, drawing))
+            r.append(r[-1] if pole is None else 2 * pole * r[-1] - pole**2 * r[-2])
+        cov += np.kron(std**2 * np.array(r)[lag], np.outer(drawing, drawing))
     e = (x - talker.mean_given_sound(articulation)).reshape(3, -1)
-    dense = 0.5 * ((e * np.linalg.solve(cov, e.T).T).sum(1) + np.linalg.slogdet(2 * np.pi * cov)[1]) / (T * 136)
+    dense = (
+        0.5 * ((e * np.linalg.solve(cov, e.T).T).sum(1) + np.linalg.slogdet(2 * np.pi * cov)[1]) / (T * 136)
+    )
     assert np.abs(talker.nll(x, articulation) - dense).max() < 1e-9
 
 
@@ -65,14 +68,14 @@ def test_exact_sampler_has_the_exact_mean_and_attains_the_optimum():
     articulation = np.repeat(articulate(say(1, 40, rng)), 400, axis=0)
     x = talker.draw(articulation, rng)
     error = (x.mean(0) - talker.mean_given_sound(articulation[0])) / x.std(0) * 20
-    assert np.abs(error).max() < 6 and 0.8 < error.std() < 1.25                 # in standard errors
-    assert abs(talker.nll(x, articulation).mean() - -4.726) < 0.004             # T=40: the first frame costs .25 / 40
+    assert np.abs(error).max() < 6 and 0.8 < error.std() < 1.25  # in standard errors
+    assert abs(talker.nll(x, articulation).mean() - -4.726) < 0.004  # T=40: the first frame costs .25 / 40
 
 
 def test_smooth_noise_is_stationary_from_its_first_frame():
     x = smooth_noise(np.random.default_rng(0), 20000, 12, 0.93)
     assert np.abs(x.std(0) - 1).max() < 0.03
-    assert np.abs((x[:, 1:] * x[:, :-1]).mean(0) - 2 * 0.93 / (1 + 0.93 ** 2)).max() < 0.03
+    assert np.abs((x[:, 1:] * x[:, :-1]).mean(0) - 2 * 0.93 / (1 + 0.93**2)).max() < 0.03
 
 
 def test_synthetic_folder_holds_what_its_meta_says(talkers):
@@ -87,7 +90,7 @@ def test_synthetic_folder_holds_what_its_meta_says(talkers):
     rows = slice(clip["start"], clip["start"] + clip["frames"])
     nll = talker.nll(arrays["landmarks"][None, rows], arrays["articulation"][None, rows])
     assert abs(nll[0] - clip["optimal_nll"]) < 1e-9
-    sound = arrays["audio"][clip["audio_start"]:clip["audio_start"] + clip["audio_samples"]]
+    sound = arrays["audio"][clip["audio_start"] : clip["audio_start"] + clip["audio_samples"]]
     hear = Mel(**meta["mel"], fps=meta["fps"], sample_rate=meta["sample_rate"])
     assert np.array_equal(hear.columns(sound / 32768), arrays["mel"][rows])
 
@@ -105,7 +108,7 @@ def test_the_sound_of_a_frame_tells_nothing_of_later_phones():
     changed = phones.copy()
     changed[:, 20:] = 3
     a, b = (synthesize(p, np.random.default_rng(1)) for p in (phones, changed))
-    ratio = (b / a)[0, 1000:20 * 640]                                            # each is scaled to the same peak
+    ratio = (b / a)[0, 1000 : 20 * 640]  # each is scaled to the same peak
     assert np.abs(ratio / ratio[0] - 1).max() < 1e-3
     assert np.array_equal(articulate(phones)[:, :20], articulate(changed)[:, :20])
 
@@ -129,20 +132,28 @@ def speech(seconds=3.0, seed=0, fps=25):
     sound = np.round(synthesize(phones, rng)[0] * 32767).astype(np.int16)
     times = np.arange(int(seconds * fps)) / fps
     at = np.arange(len(points)) / 25
-    points = np.stack([np.interp(times, at, column) for column in points.reshape(-1, 136).T], 1).reshape(-1, 68, 2)
+    points = np.stack([np.interp(times, at, column) for column in points.reshape(-1, 136).T], 1).reshape(
+        -1, 68, 2
+    )
     return points, times, sound
 
 
 def write_clip(path, seed=0, **changes):
     points, times, sound = speech(seed=seed)
-    arrays = {"landmarks": points.astype(np.float32), "pts": times, "wh": np.array([400, 400]), "audio": sound,
-              "sr": 16000}
+    arrays = {
+        "landmarks": points.astype(np.float32),
+        "pts": times,
+        "wh": np.array([400, 400]),
+        "audio": sound,
+        "sr": 16000,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{k: v for k, v in (arrays | changes).items() if v is not None})
 
 
 def write_wav(path, sound, rate=16000):
     import soundfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, sound, rate)
 
@@ -193,15 +204,18 @@ def test_clip_box_maps_landmarks_back_to_pixels_of_a_frame_that_is_not_square(tm
     x = arrays["landmarks"].reshape(-1, 68, 2)
     assert np.abs(x * clip["box"][2] + clip["box"][:2] - points).max() < 1e-3 and clip["wh"] == [640, 360]
     extent = np.ptp(x.mean(0), axis=0)
-    assert abs(extent.max() - 1 / 1.5) < 1e-6 and np.abs((x.mean(0).max(0) + x.mean(0).min(0)) / 2 - 0.5).max() < 1e-6
+    assert (
+        abs(extent.max() - 1 / 1.5) < 1e-6
+        and np.abs((x.mean(0).max(0) + x.mean(0).min(0)) / 2 - 0.5).max() < 1e-6
+    )
 
 
 @pytest.mark.parametrize("fps", [11.94, 24, 29.97, 60])
 def test_landmarks_are_resampled_through_their_frame_times(tmp_path, fps):
     points, times, _ = speech(6, fps=fps)
-    jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(times)) / fps       # variable frame rate
+    jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(times)) / fps  # variable frame rate
     times = np.sort(times + jitter - jitter[0])
-    ramp = points[:1] + times[:, None, None] * [3.0, 2.0]                         # a motion that is linear in time
+    ramp = points[:1] + times[:, None, None] * [3.0, 2.0]  # a motion that is linear in time
     sound = speech(6)[2]
     write_clip(tmp_path / "in/a.npz", landmarks=ramp, pts=times, audio=sound)
     prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
@@ -211,47 +225,72 @@ def test_landmarks_are_resampled_through_their_frame_times(tmp_path, fps):
     t = clip["time"] + np.arange(len(x)) / 25
     inside = t <= times[-1]
     assert inside.sum() >= 145 and np.abs(x - ramp[0] - t[:, None, None] * [3.0, 2.0])[inside].max() < 1e-3
-    assert np.array_equal(arrays["audio"], sound[round(clip["time"] * 16000):][:clip["audio_samples"]])
+    assert np.array_equal(arrays["audio"], sound[round(clip["time"] * 16000) :][: clip["audio_samples"]])
 
 
 def test_a_variable_frame_rate_is_not_taken_for_missing_faces(tmp_path):
     points, times, sound = speech(6, fps=60)
-    keep = np.cumsum([0] + [2, 2, 4, 2, 2, 2, 4, 4] * 14)                        # 33 and 67 ms, 24 frames a second
+    keep = np.cumsum([0] + [2, 2, 4, 2, 2, 2, 4, 4] * 14)  # 33 and 67 ms, 24 frames a second
     write_clip(tmp_path / "in/a.npz", landmarks=points[keep], pts=times[keep], audio=sound)
-    write_clip(tmp_path / "in/b.npz", landmarks=np.delete(points[keep], range(30, 50), 0), audio=sound,
-               pts=np.delete(times[keep], range(30, 50)))                        # a sixth of the frames is missing
+    write_clip(
+        tmp_path / "in/b.npz",
+        landmarks=np.delete(points[keep], range(30, 50), 0),
+        audio=sound,
+        pts=np.delete(times[keep], range(30, 50)),
+    )  # a sixth of the frames is missing
     out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
-    assert out.strip().endswith("\n1 clips, 0.1 minutes, 1 skipped (face missing in more than 10 % of the frames: 1)")
+    assert out.strip().endswith(
+        "\n1 clips, 0.1 minutes, 1 skipped (face missing in more than 10 % of the frames: 1)"
+    )
     assert load(tmp_path / "out")[0]["clips"][0]["frames"] >= 128
 
 
 def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
     points, times, sound = speech(30)
     points = points.copy()
-    points[100:120] = np.nan                             # a gap
-    points[300:303] = np.nan                             # a short one: interpolated
-    points[500:] += 60                                   # a cut
-    fast = np.clip(np.arange(750) - 600, 0, 8)[:, None, None] * [25.0, 0]        # .3 interocular a frame, for 8 frames
+    points[100:120] = np.nan  # a gap
+    points[300:303] = np.nan  # a short one: interpolated
+    points[500:] += 60  # a cut
+    fast = np.clip(np.arange(750) - 600, 0, 8)[:, None, None] * [
+        25.0,
+        0,
+    ]  # .3 interocular a frame, for 8 frames
     found = pieces(points + fast, times, 0.04, 5)
     assert [(i[0], i[-1]) for i in found] == [(0, 99), (120, 499), (500, 749)]
-    take = {"points": points, "times": times, "wh": [900, 900], "begin": 0.0, "source": "a", "licence": "b",
-            "extractor": "c", "sound": sound / 32768}
-    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False,
-               "piece": 0}
+    take = {
+        "points": points,
+        "times": times,
+        "wh": [900, 900],
+        "begin": 0.0,
+        "source": "a",
+        "licence": "b",
+        "extractor": "c",
+        "sound": sound / 32768,
+    }
+    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
     clips, left_out = prepare_data.make_clips(take, options)
     assert [round(c["time"], 2) for c in clips] == [0, 4.8, 20] and not left_out
-    assert [len(c["landmarks"]) for c in clips] == [100, 380, 250] and np.isfinite(clips[1]["landmarks"]).all()
+    assert [len(c["landmarks"]) for c in clips] == [100, 380, 250] and np.isfinite(
+        clips[1]["landmarks"]
+    ).all()
 
 
 def test_sound_that_starts_late_is_aligned_to_the_frames():
     points, times, sound = speech(4)
-    take = {"points": points, "times": times + 0.033, "wh": [900, 900], "begin": 0.5, "source": "a", "licence": "b",
-            "extractor": "c", "sound": sound[8000:] / 32768}                     # the file's sound begins at 0.5 s
-    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False,
-               "piece": 0}
+    take = {
+        "points": points,
+        "times": times + 0.033,
+        "wh": [900, 900],
+        "begin": 0.5,
+        "source": "a",
+        "licence": "b",
+        "extractor": "c",
+        "sound": sound[8000:] / 32768,
+    }  # the file's sound begins at 0.5 s
+    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
     clip = prepare_data.make_clips(take, options)[0][0]
-    assert abs(clip["time"] - 0.513) < 1e-9                                      # the first frame that has sound
-    assert np.array_equal(clip["audio"], sound[round(0.513 * 16000):][:len(clip["audio"])])
+    assert abs(clip["time"] - 0.513) < 1e-9  # the first frame that has sound
+    assert np.array_equal(clip["audio"], sound[round(0.513 * 16000) :][: len(clip["audio"])])
 
 
 BAD = {
@@ -260,8 +299,9 @@ BAD = {
     "points coincide": {"landmarks": np.ones((75, 68, 2))},
     "y points up": {"landmarks": 1 - speech(seed=5)[0] / 400},
     "landmarks do not move": {"landmarks": np.repeat(speech()[0][:1], 75, 0)},
-    "face missing in more than 10 % of the frames": {"landmarks": np.where(np.arange(75)[:, None, None] < 12, np.nan,
-                                                                           speech()[0])},
+    "face missing in more than 10 % of the frames": {
+        "landmarks": np.where(np.arange(75)[:, None, None] < 12, np.nan, speech()[0])
+    },
     "frame times": {"pts": np.zeros(75)},
     "frame rate": {"pts": None, "fps": 0.0},
     "silence": {"audio": np.zeros(48000, np.int16)},
@@ -283,10 +323,16 @@ def test_a_bad_clip_is_skipped_and_counted_by_its_reason(tmp_path, reason):
     assert "bad.npz,0,0.00" in report and reason in report
 
 
-@pytest.mark.parametrize("name, content, reason", [
-    ("bad.npz", b"", "unreadable landmarks"), ("bad.npz", b"version https://git-lfs", "unreadable landmarks"),
-    ("bad.npy", b"\x93NUMPY\x01\x00", "unreadable landmarks"), ("bad.csv", b"a,b\n1,2\n", "unreadable landmarks"),
-    ("bad.wav", b"RIFF", "sound without landmarks")])
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("bad.npz", b"", "unreadable landmarks"),
+        ("bad.npz", b"version https://git-lfs", "unreadable landmarks"),
+        ("bad.npy", b"\x93NUMPY\x01\x00", "unreadable landmarks"),
+        ("bad.csv", b"a,b\n1,2\n", "unreadable landmarks"),
+        ("bad.wav", b"RIFF", "sound without landmarks"),
+    ],
+)
 def test_a_broken_file_is_skipped_and_counted(tmp_path, name, content, reason):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
@@ -307,17 +353,27 @@ def test_a_broken_wav_and_a_wrong_frame_rate_are_named(tmp_path):
 
 def test_stereo_and_8_khz_and_too_loud_sound_is_taken(tmp_path):
     import librosa
+
     points, _, sound = speech()
     (tmp_path / "in").mkdir()
     low = librosa.resample(sound.astype(np.float32) / 32768, orig_sr=16000, target_sr=8000)
-    for name, s, rate in (("stereo", np.stack([sound, sound], 1), 16000), ("low", low, 8000), ("plain", sound, 16000)):
-        np.save(tmp_path / f"in/{name}.npy", points * [1, 1 + len(name) / 100])   # else one would be a duplicate
+    for name, s, rate in (
+        ("stereo", np.stack([sound, sound], 1), 16000),
+        ("low", low, 8000),
+        ("plain", sound, 16000),
+    ):
+        np.save(
+            tmp_path / f"in/{name}.npy", points * [1, 1 + len(name) / 100]
+        )  # else one would be a duplicate
         write_wav(tmp_path / f"in/{name}.wav", s, rate)
     write_clip(tmp_path / "in/loud.npz", audio=sound.astype(np.float32) * 5 / 32768, seed=3)
     out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
     assert "warning: 1 clips have no sound in the highest band" in out
     meta, arrays = load(tmp_path / "out")
-    clips = {c["name"]: arrays["audio"][c["audio_start"]:][:c["audio_samples"]].astype(float) for c in meta["clips"]}
+    clips = {
+        c["name"]: arrays["audio"][c["audio_start"] :][: c["audio_samples"]].astype(float)
+        for c in meta["clips"]
+    }
     assert np.abs(clips["stereo"] - clips["plain"]).max() <= 1
     assert np.corrcoef(clips["low"], clips["plain"])[0, 1] > 0.9 and np.abs(clips["loud"]).max() > 32000
 
@@ -326,7 +382,9 @@ def test_splits_hold_out_whole_sources_and_do_not_depend_on_their_order(tmp_path
     for i in range(12):
         write_clip(tmp_path / f"in/s{i % 3}/clip{i}.npz", seed=i)
     write_clip(tmp_path / "in/s0/copy.npz", seed=0)
-    last = prepare_data.prepare(prepare_data.parser().parse_args([str(tmp_path / "in"), "--out", str(tmp_path / "a")]))
+    last = prepare_data.prepare(
+        prepare_data.parser().parse_args([str(tmp_path / "in"), "--out", str(tmp_path / "a")])
+    )
     assert last.startswith("12 clips") and "(duplicate: 1)" in last
     split = {c["name"]: c["split"] for c in load(tmp_path / "a")[0]["clips"]}
     assert sorted(split.values()) == ["test"] + ["train"] * 10 + ["val"]
@@ -346,7 +404,9 @@ def test_one_long_recording_is_cut_and_its_last_pieces_are_held_out(tmp_path):
     write_clip(tmp_path / "in/talk.npz", landmarks=points, pts=times, audio=sound)
     prepare_data.main([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
     clips = load(tmp_path / "out")[0]["clips"]
-    assert [c["split"] for c in clips] == ["train"] * 5 + ["val", "test"] and max(c["frames"] for c in clips) <= 500
+    assert [c["split"] for c in clips] == ["train"] * 5 + ["val", "test"] and max(
+        c["frames"] for c in clips
+    ) <= 500
     assert sum(c["frames"] for c in clips) == 130 * 25 and clips[1]["name"] == "talk@0018.60"
 
 
@@ -365,11 +425,13 @@ def test_an_interrupted_run_goes_on_and_redoes_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(prepare_data, "work", stopping)
     assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 130
-    with open(parted / "mel.npy", "ab") as f:            # what a kill in the middle of a write leaves
+    with open(parted / "mel.npy", "ab") as f:  # what a kill in the middle of a write leaves
         f.write(b"torn")
     with open(parted / "journal.jsonl", "a") as f:
         f.write('{"key": "to')
-    monkeypatch.setattr(prepare_data, "work", lambda task, options: done.append(task["name"]) or work(task, options))
+    monkeypatch.setattr(
+        prepare_data, "work", lambda task, options: done.append(task["name"]) or work(task, options)
+    )
     assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 0
     assert done == [f"clip{i}" for i in range(6)]
     for name in ("landmarks.npy", "mel.npy", "audio.npy"):
@@ -416,23 +478,38 @@ def test_a_full_disk_is_one_line_for_the_synthetic_talkers_too(tmp_path, monkeyp
     assert err.startswith("error: --out: ") and "No space left" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("args, error", [
-    (["nowhere"], "error: nowhere: no such file or folder"), (["{empty}"], "nothing vs videos, NAME.npz"),
-    (["synthetic", "--n-mels", "0"], "error: --n-mels: 0 vs 1 to 256"),
-    (["synthetic", "--fmin", "9000"], "--fmin: 9000"),
-    (["synthetic", "--clips", "-1"], "--clips: -1 vs"), (["synthetic", "--fps", "30"], "--fps: 30 vs 25"),
-    (["{file}"], "vs .npz .npy .csv .mpg")])
+@pytest.mark.parametrize(
+    "args, error",
+    [
+        (["nowhere"], "error: nowhere: no such file or folder"),
+        (["{empty}"], "nothing vs videos, NAME.npz"),
+        (["synthetic", "--n-mels", "0"], "error: --n-mels: 0 vs 1 to 256"),
+        (["synthetic", "--fmin", "9000"], "--fmin: 9000"),
+        (["synthetic", "--clips", "-1"], "--clips: -1 vs"),
+        (["synthetic", "--fps", "30"], "--fps: 30 vs 25"),
+        (["{file}"], "vs .npz .npy .csv .mpg"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_clear_line(tmp_path, args, error):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("hello")
     args = [a.format(empty=tmp_path / "empty", file=tmp_path / "file.txt") for a in args]
     _, err = prepare(*args, "--out", tmp_path / "out", rc=1)
-    assert error in err and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert (
+        error in err
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_an_unknown_flag_exits_2(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "prepare_data.py", "synthetic", "--out", tmp_path, "--n-mel", "20"],
-                         capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, ROOT / "prepare_data.py", "synthetic", "--out", tmp_path, "--n-mel", "20"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 2 and "--n-mel" in run.stderr and not run.stdout
 
 
@@ -467,24 +544,35 @@ def test_files_that_were_only_touched_are_read_again_and_nothing_is_lost(tmp_pat
 def test_late_sound_is_measured_and_moved_on_request(tmp_path):
     for i in range(6):
         points, times, sound = speech(8, seed=i)
-        late = np.concatenate([np.zeros(4 * 640, np.int16), sound])[:len(sound)]
+        late = np.concatenate([np.zeros(4 * 640, np.int16), sound])[: len(sound)]
         write_clip(tmp_path / f"in/clip{i}.npz", landmarks=points, pts=times, audio=late)
         write_clip(tmp_path / f"right/clip{i}.npz", landmarks=points, pts=times, audio=sound)
     out, _ = prepare(tmp_path / "in", "--out", tmp_path / "late")
     assert "4 frames late" in out or "3 frames late" in out, out
-    right = load(tmp_path / "right.out")[1] if prepare(tmp_path / "right", "--out", tmp_path / "right.out") else None
+    right = (
+        load(tmp_path / "right.out")[1]
+        if prepare(tmp_path / "right", "--out", tmp_path / "right.out")
+        else None
+    )
     before = load(tmp_path / "late")[0]
-    for _ in range(2):                                   # once more changes nothing
+    for _ in range(2):  # once more changes nothing
         prepare(tmp_path / "in", "--out", tmp_path / "late", "--audio-offset", 4)
         meta, arrays = load(tmp_path / "late")
         for i, clip in enumerate(meta["clips"]):
             assert clip["frames"] == 196
-            assert np.array_equal(arrays["audio"][clip["audio_start"]:][:clip["audio_samples"]],
-                                                            right["audio"][i * 128000:][:196 * 640])
-            assert np.allclose(arrays["mel"][clip["start"]:][:196], right["mel"][i * 200:][:196])
+            assert np.array_equal(
+                arrays["audio"][clip["audio_start"] :][: clip["audio_samples"]],
+                right["audio"][i * 128000 :][: 196 * 640],
+            )
+            assert np.allclose(arrays["mel"][clip["start"] :][:196], right["mel"][i * 200 :][:196])
     prepare(tmp_path / "in", "--out", tmp_path / "late", "--audio-offset", -2)
     clip = load(tmp_path / "late")[0]["clips"][0]
-    assert (clip["start"], clip["frames"], clip["audio_start"], clip["audio_samples"]) == (2, 198, 0, 198 * 640)
+    assert (clip["start"], clip["frames"], clip["audio_start"], clip["audio_samples"]) == (
+        2,
+        198,
+        0,
+        198 * 640,
+    )
     prepare(tmp_path / "in", "--out", tmp_path / "late")
     assert load(tmp_path / "late")[0] == before
 
@@ -508,11 +596,15 @@ def test_grid_clips_are_kept_and_dropped_as_measured(tmp_path):
     assert last.endswith("3 skipped (face missing in more than 10 % of the frames: 3)")
     meta, arrays = load(tmp_path / "out")
     assert {c["frames"] for c in meta["clips"]} == {74} and not {f"s1/{name}" for name in damaged} & {
-        c["name"] for c in meta["clips"]}
-    assert sum(c["split"] == "test" for c in meta["clips"]) == 11 and meta["defaults"] == {"lead": 2, "noise": 0.0022}
+        c["name"] for c in meta["clips"]
+    }
+    assert sum(c["split"] == "test" for c in meta["clips"]) == 11 and meta["defaults"] == {
+        "lead": 2,
+        "noise": 0.0022,
+    }
     clip = next(c for c in meta["clips"] if c["name"] == "s1/s1_bbaf2n")
     with np.load(GRID / "s1/s1_bbaf2n.npz") as z:
-        x = arrays["landmarks"][clip["start"]:][:74].reshape(74, 68, 2) * clip["box"][2] + clip["box"][:2]
+        x = arrays["landmarks"][clip["start"] :][:74].reshape(74, 68, 2) * clip["box"][2] + clip["box"][:2]
         assert np.abs(x - z["landmarks"][:74] * z["wh"]).max() < 1e-3
-        assert np.array_equal(arrays["audio"][clip["audio_start"]:][:47360], z["audio"][:47360])
+        assert np.array_equal(arrays["audio"][clip["audio_start"] :][:47360], z["audio"][:47360])
     assert "CC BY 4.0" in meta["sources"][clip["source"]]["licence"]

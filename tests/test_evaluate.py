@@ -106,13 +106,16 @@ def test_distances_of_lips_do_not_see_the_head():
 
 def test_velocity_distance_is_zero_for_an_offset_and_the_speed_of_a_drift():
     x = faces()
-    drift = np.arange(x.shape[1])[None, :, None] * np.tile([0.0, 0.01], 68) * mean_interocular(x)[:, None, None]
+    drift = (
+        np.arange(x.shape[1])[None, :, None] * np.tile([0.0, 0.01], 68) * mean_interocular(x)[:, None, None]
+    )
     assert np.allclose(velocity_distance(x + 0.3, x, FPS), 0)
     assert np.allclose(velocity_distance(x + drift, x, FPS), 0.01 * FPS)
 
 
 @pytest.mark.parametrize(
-    "spread, expected", [(1, 0.5642), (0.5, 2 * math.sqrt(1.25) / math.sqrt(2 * math.pi) - 0.5 / math.sqrt(math.pi))]
+    "spread, expected",
+    [(1, 0.5642), (0.5, 2 * math.sqrt(1.25) / math.sqrt(2 * math.pi) - 0.5 / math.sqrt(math.pi))],
 )
 def test_energy_score_of_gaussian_draws_is_the_closed_form_crps(spread, expected):
     rng = np.random.default_rng(0)
@@ -157,7 +160,9 @@ def test_frechet_distance_has_its_closed_forms():
     assert abs(frechet(np.zeros(4), one, np.array([3.0, 0, 4, 0]), one) - 25) < 1e-9
     assert abs(frechet(np.zeros(4), one, np.zeros(4), 9 * one) - 4 * (3 - 1) ** 2) < 1e-9
     A, B = (v @ v.T for v in rng.normal(size=(2, 4, 4)))
-    root = np.sqrt(np.linalg.eigvals(A @ B).astype(complex)).real.sum()  # tr (A B)^(1/2), A and B not commuting
+    root = np.sqrt(
+        np.linalg.eigvals(A @ B).astype(complex)
+    ).real.sum()  # tr (A B)^(1/2), A and B not commuting
     assert abs(frechet(np.zeros(4), A, np.zeros(4), B) - (np.trace(A + B) - 2 * root)) < 1e-6
 
 
@@ -177,9 +182,7 @@ def test_roughness_is_zero_for_a_glide_and_the_acceleration_of_a_parabola():
 def test_velocity_autocorrelation_is_minus_a_half_for_white_noise_and_near_one_for_a_glide():
     noise = np.random.default_rng(0).normal(size=(50, 400, 2))
     glide = np.sin(np.arange(400) / 40)[None, :, None]
-    assert (
-        abs(velocity_autocorrelation(noise) + 0.5) < 0.01 and velocity_autocorrelation(glide) > 0.99
-    )
+    assert abs(velocity_autocorrelation(noise) + 0.5) < 0.01 and velocity_autocorrelation(glide) > 0.99
 
 
 def test_three_closings_of_the_eyes_in_three_seconds_are_sixty_blinks_a_minute():
@@ -281,7 +284,10 @@ def test_var_recovers_the_process_and_gives_its_exact_likelihood():
     )
     first = torch.distributions.MultivariateNormal(x[:, 0].mean(0), torch.cov(x[:, 0].T))
     exact = -(first.log_prob(x[:, 0]) + step.log_prob(x[:, 1:] - x[:, :-1] @ A.T).sum(1)) / (T * 2)
-    assert abs(model.nll(x) - exact.numpy()).max() < 0.02 and abs(model.nll(x).mean() - float(exact.mean())) < 0.002
+    assert (
+        abs(model.nll(x) - exact.numpy()).max() < 0.02
+        and abs(model.nll(x).mean() - float(exact.mean())) < 0.002
+    )
     assert abs(vector_autoregression(x, x, 1) - model.nll(x).mean()) < 1e-12
 
 
@@ -313,7 +319,11 @@ def test_anchor_rows_are_what_they_say(held):
     assert np.array_equal(evaluate.wrong_clip_row(held, {})[""].draws[0][1], held.x[0])
     assert all(held.names[i] != name for i, name in zip(held.other, held.names, strict=True))
     still, timed = (evaluate.constant_row(over)(held, {})[""].draws[0] for over in ((0, 1), 0))
-    assert np.ptp(still, axis=1).max() == 0 and np.ptp(timed, axis=0).max() == 0 and np.ptp(timed, axis=1).max() > 0
+    assert (
+        np.ptp(still, axis=1).max() == 0
+        and np.ptp(timed, axis=0).max() == 0
+        and np.ptp(timed, axis=1).max() > 0
+    )
     noisy = evaluate.noise_row(held, {})[""]
     assert abs((noisy.draws - held.x).std() / mean_interocular(held.x).mean() - 0.01) < 5e-4
     loud, near = (
@@ -329,7 +339,9 @@ def test_learned_lambdas_move_and_stay_one_number_a_scale(held, tmp_path):
     evaluate.learn_lambdas(trainer)
     for _ in range(4):
         trainer.train_step()
-    for part, start in zip(trainer.flow.prior.variance.split(trainer.flow.sizes), config.lambdas, strict=True):
+    for part, start in zip(
+        trainer.flow.prior.variance.split(trainer.flow.sizes), config.lambdas, strict=True
+    ):
         assert part.max() - part.min() < 1e-6 and abs(part[0] - start) > 1e-5
     plain = talkingflow.TalkingFlow(config)
     plain.load_state_dict(trainer.flow.state_dict())  # the checkpoint is an ordinary one
@@ -356,8 +368,13 @@ def test_compared_systems_hear_no_later_than_the_common_look_ahead(held, name):
     t, later_c, later = 30, c.clone(), fine.clone()
     later_c[:, t + 1 :], later[:, 4 * (6 + t + 2 + 1) :] = 3.0, 3.0  # c is two frames ahead already
     with torch.no_grad():
-        a, b = (net.draw(x, *sound, 2, torch.Generator().manual_seed(0)) for sound in ((c, fine), (later_c, later)))
-    assert torch.equal(a[:, :, : t + 1], b[:, :, : t + 1]) and not torch.equal(a[:, :, t + 1 :], b[:, :, t + 1 :])
+        a, b = (
+            net.draw(x, *sound, 2, torch.Generator().manual_seed(0))
+            for sound in ((c, fine), (later_c, later))
+        )
+    assert torch.equal(a[:, :, : t + 1], b[:, :, : t + 1]) and not torch.equal(
+        a[:, :, t + 1 :], b[:, :, t + 1 :]
+    )
 
 
 def test_lu_takes_a_face_apart_and_puts_it_together_and_samples_as_it_trains(held):
@@ -388,14 +405,21 @@ def without_seconds(text):
     return re.sub(r"Cost on this machine.*?\n\n.*?\n\n", "", text, flags=re.DOTALL)
 
 
-def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_again(talkers, tmp_path, capsys):
+def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_again(
+    talkers, tmp_path, capsys
+):
     brief = ["--data", talkers, "--steps", 2, "--sync-steps", 200, "--clips", 4, "--jobs", 1]
     first, log = tables(capsys, *brief, "--out", tmp_path / "a")
     assert len(re.findall(r"step +2/2: val loss", log)) == len(SYSTEMS)  # as many steps as a flow
     assert len(re.findall(r"step +2/2: train nll", log)) == len(evaluate.FLOWS)
     for name, (_, label, _) in evaluate.ROWS.items():
         assert f"| {label} |" in first or name == "checkpoint", name
-    assert {p.name for p in (tmp_path / "a").glob("*.png")} == {"fan.png", "latents.png", "jitter.png", "strips.png"}
+    assert {p.name for p in (tmp_path / "a").glob("*.png")} == {
+        "fan.png",
+        "latents.png",
+        "jitter.png",
+        "strips.png",
+    }
     again, log = tables(capsys, *brief, "--out", tmp_path / "a")
     assert again == first and log.count(": from ") == len(evaluate.ROWS) - 1
     some = ["--rows", "truth,var2,lu,ar2,no-audio,learned-lambda,checkpoint"]
@@ -456,7 +480,14 @@ def answers_of(key, rater, score, check=True):
     rows = []
     for trial, (code, about) in enumerate(key["stimuli"].items()):
         for question in QUESTIONS:
-            answer = {"rater": rater, "set": key["set"], "trial": trial, "kind": "rate", "want": "", "stimulus": code}
+            answer = {
+                "rater": rater,
+                "set": key["set"],
+                "trial": trial,
+                "kind": "rate",
+                "want": "",
+                "stimulus": code,
+            }
             rows.append(answer | {"question": question, "score": score(about["label"], question)})
     rows += [
         rows[0] | {"trial": 98, "kind": "repeat"},
@@ -467,7 +498,9 @@ def answers_of(key, rater, score, check=True):
 
 def test_the_rating_page_is_one_blind_file(evaluated, capsys):
     assert (
-        evaluate.main(["rating-page", "--results", str(evaluated), "--rows", "truth,late-5,mean-face", "--clips", "3"])
+        evaluate.main(
+            ["rating-page", "--results", str(evaluated), "--rows", "truth,late-5,mean-face", "--clips", "3"]
+        )
         == 0
     )
     page = (evaluated / "rating.html").read_text()
@@ -501,7 +534,11 @@ def test_rating_results_give_the_known_means_and_leave_out_who_failed_a_check(ev
             and "| mean face | 2.00" in text
         )
     good, page_key = str(tmp_path / "b.json"), str(evaluated / "rating.key.json")
-    for name, text in (("empty", "{}"), ("bare", '{"answers": [{"score": 3, "trial": 0}]}'), ("text", "hello")):
+    for name, text in (
+        ("empty", "{}"),
+        ("bare", '{"answers": [{"score": 3, "trial": 0}]}'),
+        ("text", "hello"),
+    ):
         (tmp_path / f"{name}.json").write_text(text)
         assert evaluate.main(["rating-results", str(tmp_path / f"{name}.json"), "--key", page_key]) == 1
         assert "Ask the rater again" in capsys.readouterr().err
@@ -519,10 +556,7 @@ def test_the_interval_of_a_mean_opinion_widens_when_scores_hang_together():
 
 
 def test_the_paper_would_have_needed_861_ratings_a_system():
-    assert (
-        abs(ratings_needed(3.5921 - 3.4572, 1.0) - 863) <= 2
-        and abs(ratings_needed(0.5, 1.0) - 63) <= 1
-    )
+    assert abs(ratings_needed(3.5921 - 3.4572, 1.0) - 863) <= 2 and abs(ratings_needed(0.5, 1.0) - 63) <= 1
 
 
 def test_an_unknown_rating_set_is_refused(evaluated, tmp_path, capsys):

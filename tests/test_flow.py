@@ -190,7 +190,9 @@ def test_log_prob_with_the_ar2_prior_equals_a_dense_multivariate_normal(T):
         rho = [1.0, float(p1[j])]  # autocorrelations by the Yule-Walker recursion
         while len(rho) < T:
             rho.append(a1 * rho[-1] + a2 * rho[-2])
-        correlation = torch.tensor([[rho[abs(i - k)] for k in range(T)] for i in range(T)], dtype=torch.float64)
+        correlation = torch.tensor(
+            [[rho[abs(i - k)] for k in range(T)] for i in range(T)], dtype=torch.float64
+        )
         normal = torch.distributions.MultivariateNormal(r.new_zeros(T), prior.variance[j] * correlation)
         expected += normal.log_prob(r[:, :, j])
     assert torch.allclose(flow.log_prob(x, c), expected, rtol=1e-10)
@@ -274,7 +276,9 @@ def test_streams_side_by_side_do_not_touch_each_other():
     flow = make()
     c = data(T=10)[1]
     streams = [flow.stream(3, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    mixed = [torch.cat(parts, 1) for parts in zip(*([s.push(c[:, t : t + 1]) for s in streams] for t in range(10)))]
+    mixed = [
+        torch.cat(parts, 1) for parts in zip(*([s.push(c[:, t : t + 1]) for s in streams] for t in range(10)))
+    ]
     for i, x in enumerate(mixed):
         assert (x - flow.sample(c, generator=torch.Generator().manual_seed(i))).abs().max() < 1e-12
 
@@ -283,7 +287,9 @@ def test_forward_changes_nothing_in_the_flow():
     flow = make().train()
     before = {name: value.clone() for name, value in flow.state_dict().items()}
     flow(*data()), flow.nll(*data()), flow.sample(data()[1])
-    assert flow.training and all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+    assert flow.training and all(
+        torch.equal(value, before[name]) for name, value in flow.state_dict().items()
+    )
 
 
 def test_temperature_zero_is_one_track_and_more_temperature_is_more_spread():
@@ -331,6 +337,10 @@ def test_layers_stand_alone():
     for layer, y in layers:
         out, logdet = layer(x) if y is None else layer(x, y)
         back = layer.inverse(out) if y is None else layer.inverse(out, y)
-        assert out.shape == x.shape and (back - x).abs().max() < 1e-5 and torch.as_tensor(logdet).isfinite().all()
+        assert (
+            out.shape == x.shape
+            and (back - x).abs().max() < 1e-5
+            and torch.as_tensor(logdet).isfinite().all()
+        )
     prior = Prior([16], Config(dim=16, num_scales=1, lambdas=(1.0,), cond_dim=3))
     assert prior.log_prob(x, x.new_zeros(())).shape == (3,)

@@ -50,7 +50,9 @@ def toolkit():
 def compile_driver(folder, source=CSRC, flags=(), version_3=True):
     """kernel_driver.cpp as a program in `folder`: runs all kernels of `source`/gated_conv.cu against plain loops."""
     program = folder / "kernel_driver"
-    dtypes = "-DGATED_CONV_DTYPES(CASE)=CASE(0,float)" + "CASE(3,__nv_bfloat16)" * version_3  # quicker to compile
+    dtypes = (
+        "-DGATED_CONV_DTYPES(CASE)=CASE(0,float)" + "CASE(3,__nv_bfloat16)" * version_3
+    )  # quicker to compile
     options = ["-std=c++17", "-O1", dtypes, f"-DVERSIONS={2 + version_3}", f"-I{source}", f"-I{CSRC}", *flags]
     command = ["g++", *options, "-o", program, "-x", "c++", ROOT / "tests" / "kernel_driver.cpp"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -141,7 +143,11 @@ def assert_close(got, wanted, tolerance, name=""):
 def compare(kernel, tensors, dilation, tolerance, name, dy=None):
     """Output and all gradients against the float64 reference on the very numbers the kernel got."""
     y = reference(*[v if v is None else v.detach().double() for v in tensors], dilation)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64) if dy is None else dy
+    dy = (
+        torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        if dy is None
+        else dy
+    )
     dy = dy.to(tensors[0])
     exact = [v if v is None else v.detach().double().requires_grad_() for v in tensors]
     names = ["y"] + [f"d{n}" for n, v in zip(("x", "weight", "bias", "cond"), tensors) if v is not None]
@@ -174,7 +180,13 @@ def test_output_and_all_gradients_equal_the_float64_reference(backend, version, 
         name = f"B{B} C{C} H{H} T{T} K{K} d{d}"
         if number == 3 and (64 * (K + 1) + (K - 1) * min(d, 64) > 614 or B > 3):
             continue  # the tile does not fit in shared memory: version 2 takes these (or too slow to emulate)
-        compare(backend.kernel, inputs(B, C, H, T, K, bias, cond, dtype, backend.device), d, TOLERANCE[dtype], name)
+        compare(
+            backend.kernel,
+            inputs(B, C, H, T, K, bias, cond, dtype, backend.device),
+            d,
+            TOLERANCE[dtype],
+            name,
+        )
 
 
 def test_no_frames_or_no_input_channels(backend, version):
@@ -182,7 +194,9 @@ def test_no_frames_or_no_input_channels(backend, version):
         version(number)
         x, w, b, c = inputs(3, 5, 2, 0, 2, device=backend.device)  # T = 0, which conv1d refuses
         y, *grads = gradients(backend.kernel, [x, w, b, c], 2, x.new_empty(3, 2, 0))
-        assert y.shape == (3, 2, 0) and all(v.shape == g.shape and not g.any() for v, g in zip((x, w, b, c), grads))
+        assert y.shape == (3, 2, 0) and all(
+            v.shape == g.shape and not g.any() for v, g in zip((x, w, b, c), grads)
+        )
         x, w, b, c = inputs(3, 0, 2, 7, 2, device=backend.device)  # C = 0: the gate of bias and conditioning
         a = b[:, None] + c
         assert_close(backend.kernel(x, w, b, c, 2), a[:, :2].tanh() * a[:, 2:].sigmoid(), 1e-15)
@@ -226,11 +240,18 @@ def test_strided_expanded_and_misaligned_inputs(backend):
             ),
             "weight permuted": (x, w.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0), b, c),
             "bias strided": (x, w, torch.randn(20, device=backend.device, dtype=dtype)[::2], c),
-            "cond a slice of channels": (x, w, b, torch.randn(3, 30, 11, device=backend.device, dtype=dtype)[:, 10:20]),
+            "cond a slice of channels": (
+                x,
+                w,
+                b,
+                torch.randn(3, 30, 11, device=backend.device, dtype=dtype)[:, 10:20],
+            ),
             "cond the same at all times": (x, w, b, c.detach()[:, :, :1].expand(3, 10, 11)),
         }
         for name, case in cases.items():
-            tensors = [v.detach().as_strided(v.shape, v.stride(), v.storage_offset()).requires_grad_() for v in case]
+            tensors = [
+                v.detach().as_strided(v.shape, v.stride(), v.storage_offset()).requires_grad_() for v in case
+            ]
             assert [v.stride() for v in tensors] == [v.stride() for v in case]
             compare(backend.kernel, tensors, 2, tolerance, name)
         ones = torch.ones((), dtype=dtype, device=backend.device).expand(3, 5, 11)
@@ -267,7 +288,9 @@ def test_no_output_sees_the_future_bit_for_bit(backend, version):
 
 def test_repeated_runs_and_thread_orders_give_the_same_bits(backend, version, monkeypatch):
     orders = (
-        ["ascending", "descending", "shuffle:1", "shuffle:2", "shuffle:3"] if backend.device == "cpu" else ["gpu"] * 20
+        ["ascending", "descending", "shuffle:1", "shuffle:2", "shuffle:3"]
+        if backend.device == "cpu"
+        else ["gpu"] * 20
     )
     for number, dtype in RUNS:
         version(number)
@@ -277,7 +300,10 @@ def test_repeated_runs_and_thread_orders_give_the_same_bits(backend, version, mo
         for order in orders:
             monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
             results.append(gradients(backend.kernel, tensors, 4, dy))
-        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other)), (number, dtype)
+        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other)), (
+            number,
+            dtype,
+        )
 
 
 # ---- PyTorch's contracts
@@ -296,7 +322,9 @@ def test_opcheck(backend):
         torch.library.opcheck(backend.library.gated_conv.default, (x, w, b, c, 2, save, 0))
         torch.library.opcheck(backend.library.gated_conv.default, (x, w, None, None, 2, save, 0))
         dy, h = torch.ones(B, 3, 7).to(x), torch.ones(B, 6, 7).to(x)
-        torch.library.opcheck(backend.library.gated_conv_backward.default, (dy, h, x.detach(), w.detach(), 2, 0))
+        torch.library.opcheck(
+            backend.library.gated_conv_backward.default, (dy, h, x.detach(), w.detach(), 2, 0)
+        )
 
 
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
@@ -304,7 +332,9 @@ def test_compiles_without_graph_breaks(backend, compiler):
     torch._dynamo.reset()
     scale = 1 if compiler == "inductor" else 2  # nothing but the operator: inductor has no C++ to compile
     layer = torch.compile(
-        lambda x, w, b, c: backend.kernel(x * scale if scale != 1 else x, w, b, c, 2), fullgraph=True, backend=compiler
+        lambda x, w, b, c: backend.kernel(x * scale if scale != 1 else x, w, b, c, 2),
+        fullgraph=True,
+        backend=compiler,
     )
     for T in (9, 13, 17):  # the second shape makes T dynamic
         x, w, b, c = inputs(2, 5, 3, T, 2, dtype=torch.float32, device=backend.device)
@@ -325,7 +355,9 @@ def test_the_choice_of_backend_compiles_without_graph_breaks(emulated, monkeypat
     monkeypatch.setattr(gated_conv, "_kernel", emulated)
     torch._dynamo.reset()
     x, w, b, c = inputs(2, 5, 3, 9, 2, dtype=torch.float32)
-    call = torch.compile(lambda x: scope["gated_causal_conv"](x, w, b, c, 2), fullgraph=True, backend="aot_eager")
+    call = torch.compile(
+        lambda x: scope["gated_causal_conv"](x, w, b, c, 2), fullgraph=True, backend="aot_eager"
+    )
     assert_close(call(x), reference(x, w, b, c, 2), 5e-6)
     assert "gated_conv" in str(torch._dynamo.explain(scope["gated_causal_conv"])(x, w, b, c, 2).ops_per_graph)
 
@@ -340,7 +372,9 @@ def test_autocast_takes_its_dtype_and_gradients_stay_float32(backend):
         assert all(g.dtype == torch.float32 for g in grads)
         assert_close(y, reference(x, w, b, c, 2), TOLERANCE[dtype])
         with torch.autocast(backend.device, dtype):
-            assert backend.kernel(*(v.double() for v in (x, w, b, c)), 2).dtype == torch.float64  # as conv1d does
+            assert (
+                backend.kernel(*(v.double() for v in (x, w, b, c)), 2).dtype == torch.float64
+            )  # as conv1d does
 
 
 def test_nothing_is_saved_without_a_gradient(backend):
@@ -366,9 +400,13 @@ def test_wrong_arguments_are_named(backend):
             backend.library.gated_conv(*args)
         return str(caught.value).splitlines()[0]
 
-    assert re.search(r"weight has shape \(6, 4, 2\) vs expected \(6, 5, 2\)", message(x, w[:, :4], b, c, 2, True, 0))
+    assert re.search(
+        r"weight has shape \(6, 4, 2\) vs expected \(6, 5, 2\)", message(x, w[:, :4], b, c, 2, True, 0)
+    )
     assert re.search(r"bias has shape \(5\) vs expected \(6\)", message(x, w, b[:5], c, 2, True, 0))
-    assert re.search(r"cond has shape \(2, 6, 8\) vs expected \(2, 6, 9\)", message(x, w, b, c[:, :, :8], 2, True, 0))
+    assert re.search(
+        r"cond has shape \(2, 6, 8\) vs expected \(2, 6, 9\)", message(x, w, b, c[:, :, :8], 2, True, 0)
+    )
     assert "cond and x differ in dtype" in message(x, w, b, c.double(), 2, True, 0)
     assert "5 rows vs an even number" in message(x, w[:5], b, c, 2, True, 0)
     assert "(B, C, T)" in message(x[0], w, b, c, 2, True, 0)
@@ -396,7 +434,14 @@ def test_training_and_sampling_are_equal_through_either_backend(backend, monkeyp
     def train_and_sample(function):
         monkeypatch.setattr(talkingflow, "gated_causal_conv", function)
         torch.manual_seed(0)
-        fields = {"dim": 16, "cond_dim": 5, "hidden": 12, "kernel_size": 3, "steps_per_scale": 1, "dropout": 0.0}
+        fields = {
+            "dim": 16,
+            "cond_dim": 5,
+            "hidden": 12,
+            "kernel_size": 3,
+            "steps_per_scale": 1,
+            "dropout": 0.0,
+        }
         flow = talkingflow.TalkingFlow(talkingflow.Config(**fields))
         x, c = torch.rand(4, 20, 16), torch.randn(4, 20, 5)
         flow.initialize(x, c)
@@ -442,9 +487,7 @@ def load(monkeypatch, choice=None, **env):
 
 
 def test_import_builds_nothing_and_prints_nothing():
-    code = (
-        "import sys, talkingflow, csrc.gated_conv; assert 'torch.utils.cpp_extension' not in sys.modules and csrc.gated_conv._kernel is None"
-    )
+    code = "import sys, talkingflow, csrc.gated_conv; assert 'torch.utils.cpp_extension' not in sys.modules and csrc.gated_conv._kernel is None"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0 and "kernel" not in run.stdout + run.stderr, run.stderr
 
@@ -468,10 +511,14 @@ def fail_to_build(monkeypatch, tmp_path, **env):
     return said[0]
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA: the loader stops before it builds")
+@pytest.mark.skipif(
+    torch.version.cuda is None, reason="this PyTorch has no CUDA: the loader stops before it builds"
+)
 class TestLoaderOfACudaBuild:
     def test_no_toolkit(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(gated_conv, "find_toolkit", lambda: (_ for _ in ()).throw(RuntimeError("no CUDA toolkit")))
+        monkeypatch.setattr(
+            gated_conv, "find_toolkit", lambda: (_ for _ in ()).throw(RuntimeError("no CUDA toolkit"))
+        )
         assert "no CUDA toolkit" in fail_to_build(monkeypatch, tmp_path)
 
     def test_no_compiler(self, monkeypatch, tmp_path):
@@ -491,7 +538,9 @@ class TestLoaderOfACudaBuild:
     def test_a_cache_that_cannot_be_written(self, monkeypatch, tmp_path):
         toolkit()
         (tmp_path / "file").touch()  # a folder cannot be made below a file, whoever runs this
-        assert "ot a directory" in fail_to_build(monkeypatch, tmp_path, TORCH_EXTENSIONS_DIR=tmp_path / "file")
+        assert "ot a directory" in fail_to_build(
+            monkeypatch, tmp_path, TORCH_EXTENSIONS_DIR=tmp_path / "file"
+        )
 
     def test_a_failing_build_quotes_the_compiler(self, monkeypatch, tmp_path):
         toolkit()
@@ -512,7 +561,9 @@ class TestLoaderOfACudaBuild:
             (home / name).parent.mkdir(parents=True)
             (home / name).touch()
         monkeypatch.setattr(
-            Path, "glob", lambda self, *a: [] if str(self) == "/usr/local" else list(self.rglob("libcudart.so*"))
+            Path,
+            "glob",
+            lambda self, *a: [] if str(self) == "/usr/local" else list(self.rglob("libcudart.so*")),
         )
         monkeypatch.setattr(gated_conv.shutil, "which", lambda name: None)
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -554,7 +605,9 @@ class TestLoaderOfACudaBuild:
 
 @needs_gxx
 def test_address_and_undefined_behaviour_sanitizers_are_clean(tmp_path):
-    program = compile_driver(tmp_path, flags=["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+    program = compile_driver(
+        tmp_path, flags=["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    )
     code, output = run_driver(program, order="shuffle:1")
     assert code == 0 and "ok" in output, output[-3000:]
 
@@ -562,7 +615,9 @@ def test_address_and_undefined_behaviour_sanitizers_are_clean(tmp_path):
 @needs_gxx
 def test_thread_sanitizer_is_clean(tmp_path):
     """Each CUDA thread is a TSan fiber; only __syncthreads() and the end of a launch order their accesses."""
-    code, output = run_driver(compile_driver(tmp_path, flags=["-g", "-fsanitize=thread"]), tsan=True, order="ascending")
+    code, output = run_driver(
+        compile_driver(tmp_path, flags=["-g", "-fsanitize=thread"]), tsan=True, order="ascending"
+    )
     assert code == 0 and "ok" in output, output[-3000:]
 
 
@@ -576,7 +631,9 @@ def test_more_than_2_to_the_31_elements(tmp_path):
 
 def test_launches_use_the_stream_and_are_checked():
     source = "\n".join(line.split("//")[0] for line in (CSRC / "gated_conv.cu").read_text().splitlines())
-    assert source.count("<<<") == 1  # the LAUNCH macro, which passes the stream and returns cudaGetLastError's message
+    assert (
+        source.count("<<<") == 1
+    )  # the LAUNCH macro, which passes the stream and returns cudaGetLastError's message
     assert "(cudaStream_t)(stream)>>>" in source and "cudaGetLastError()" in source
     assert not re.search(r"cudaMalloc|cudaFree|Synchronize\(|cudaMemcpy|printf|asm volatile\(\"bar", source)
 
@@ -590,7 +647,9 @@ def resources(report):
     for line in report.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)", line):
             name = match.groups()
-        if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        if match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             found[name] = [int(v) for v in match.groups()]
         if match := re.search(r"Used (\d+) registers", line):
             found[name].append(int(match[1]))
@@ -608,8 +667,20 @@ def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     wanted = [a for a in ARCHITECTURES if f"compute_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    command = [nvcc, "-O3", "-std=c++17", "-t", "2", *codes, "-Xptxas", "-v", "-c", "-o", tmp_path / "k.o",
-               CSRC / "gated_conv.cu"]
+    command = [
+        nvcc,
+        "-O3",
+        "-std=c++17",
+        "-t",
+        "2",
+        *codes,
+        "-Xptxas",
+        "-v",
+        "-c",
+        "-o",
+        tmp_path / "k.o",
+        CSRC / "gated_conv.cu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = resources(done.stderr)
@@ -624,7 +695,15 @@ def test_a_v100_can_run_it_too(tmp_path):
     found = [path for folder in sys.path if (path := Path(folder, "nvidia/cuda_nvcc/bin/ptxas")).exists()]
     if not found:
         pytest.skip("no ptxas of CUDA 12: pip install --no-deps nvidia-cuda-nvcc-cu12==12.9.86")
-    command = [toolkit() / "bin" / "nvcc", "-O3", "-std=c++17", "-arch=compute_75", "--ptx", "-o", tmp_path / "k.ptx"]
+    command = [
+        toolkit() / "bin" / "nvcc",
+        "-O3",
+        "-std=c++17",
+        "-arch=compute_75",
+        "--ptx",
+        "-o",
+        tmp_path / "k.ptx",
+    ]
     subprocess.run([*command, CSRC / "gated_conv.cu"], check=True)
     text = (tmp_path / "k.ptx").read_text()
     text = re.sub(r"(?m)^\.target sm_75", ".target sm_70", re.sub(r"(?m)^\.version .*", ".version 8.8", text))
@@ -642,7 +721,9 @@ def test_a_v100_can_run_it_too(tmp_path):
 @needs_gpu
 def test_runs_on_the_current_stream_and_device():
     kernel = load_kernel()
-    x, w, b, c = inputs(8, 64, 64, 128, 3, dtype=torch.float32, device=f"cuda:{torch.cuda.device_count() - 1}")
+    x, w, b, c = inputs(
+        8, 64, 64, 128, 3, dtype=torch.float32, device=f"cuda:{torch.cuda.device_count() - 1}"
+    )
     stream = torch.cuda.Stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
@@ -677,7 +758,9 @@ def test_compute_sanitizer_is_clean(tool):
         "k(x, torch.randn(66, 9, 3, device='cuda'), None, None, 2).sum().backward(); torch.cuda.synchronize()"
     )
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # the caching allocator would hide a read past the end
+    env = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+    }  # the caching allocator would hide a read past the end
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-3000:]
 
@@ -685,5 +768,9 @@ def test_compute_sanitizer_is_clean(tool):
 def test_the_padded_convolution_is_the_reference():
     """The oracle itself, against the sum in the file's header, so that kernel and oracle cannot be wrong together."""
     x, w, b, c = (v.detach() for v in inputs(2, 3, 2, 6, 2))
-    a = b[None, :, None] + c + torch.einsum("oik,bitk->bot", w, torch.stack([F.pad(x, (3, 0))[:, :, :-3], x], 3))
+    a = (
+        b[None, :, None]
+        + c
+        + torch.einsum("oik,bitk->bot", w, torch.stack([F.pad(x, (3, 0))[:, :, :-3], x], 3))
+    )
     assert_close(reference(x, w, b, c, 3), torch.tanh(a[:, :2]) * torch.sigmoid(a[:, 2:]), 1e-14)

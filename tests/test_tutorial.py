@@ -1,6 +1,6 @@
 """The tutorial still holds: every cell runs, in order and without Jupyter, and what is committed is a clean run of it.
 
-    python tests/test_tutorial.py      runs the cells in this process and stops where one fails, with its line
+python tests/test_tutorial.py      runs the cells in this process and stops where one fails, with its line
 """
 
 import json
@@ -19,7 +19,10 @@ CPU_SECONDS = 150  # of all processes it starts; about a third of it is used
 def cells():
     """(name, source, cell) of every cell, named by its place in the file."""
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    return [(f"tutorial.ipynb[cell {i}]", "".join(cell["source"]), cell) for i, cell in enumerate(notebook["cells"])]
+    return [
+        (f"tutorial.ipynb[cell {i}]", "".join(cell["source"]), cell)
+        for i, cell in enumerate(notebook["cells"])
+    ]
 
 
 def execute():
@@ -44,7 +47,9 @@ def execute():
 
 def test_every_cell_runs_in_order(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    before = sum(os.times()[2:4])  # a process of its own: what it compiles and registers stays out of the other tests
+    before = sum(
+        os.times()[2:4]
+    )  # a process of its own: what it compiles and registers stays out of the other tests
     run = subprocess.run([sys.executable, __file__], cwd=tmp_path, env=environment, capture_output=True, text=True,
                          timeout=1800)  # fmt: skip
     assert run.returncode == 0, f"{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
@@ -58,7 +63,9 @@ def test_a_failing_cell_is_quoted_with_its_line(tmp_path):
     (tmp_path / "broken.ipynb").write_text(json.dumps(broken))
     command = "import test_tutorial as t; t.NOTEBOOK = t.Path('broken.ipynb'); t.execute()"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
-    run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert run.returncode == 1
     assert 'File "tutorial.ipynb[cell 1]", line 2' in run.stderr and "assert x == 2, 'so'" in run.stderr
 
