@@ -1,30 +1,32 @@
-"""The commands of talkingflow.py: train, sample, stream. Folders, flags and files; the method is in talkingflow.py."""
+"""The commands of talkingflow.py: train, sample, stream. Folders, flags and files; the method is in
+talkingflow.py. What needs torch is imported inside the commands: a usage line should not wait for it."""
 
 import argparse
+import ast
 import dataclasses
 import hashlib
-import inspect
 import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import talkingflow
 from media.console import CLEAR, UserError, bounded, free_name, newest, run_command, write_atomically
 from media.export import WRITERS
 from media.sound import SAMPLE_RATE, read_sound
 from media.video import VIDEOS, read_video_sound, truth_of_video
 from prepare_data import default_folder
-from study.figures import plot_losses
-from study.metrics import measure, report
-from talkingflow import Clips, Config, Talker, Trainer, choose_device, load_checkpoint, read_checkpoint
+
+METHOD = Path(__file__).resolve().parent / "talkingflow.py"
 
 
 def train(args):
     """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
+    from study.figures import plot_losses
+    from study.metrics import measure, report
+    from talkingflow import Clips, Config, Trainer, load_checkpoint, read_checkpoint
+
     if args.resume:
         found = [Path(args.out, "resume.pt")] if args.out else newest("resume.pt")
         if not found:
@@ -48,7 +50,8 @@ def train(args):
                 f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps"
             )
     else:
-        state, clips = None, Clips(args.data or default_folder(Config.preset(args.preset).cond_dim))
+        preset = dataclasses.replace(Config.preset(args.preset), **args.config)  # a bad flag is refused first
+        state, clips = None, Clips(args.data or default_folder(preset.cond_dim))
         config = configure(args, clips)
         number = 1 + max([int(p.name[:3]) for p in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
         out = Path(args.out or f"runs/{number:03d}-{args.preset}-{clips.folder.name}")
@@ -61,12 +64,9 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
         if not state:
             (out / "log.jsonl").write_text("")
-        print(
-            f"{out}: {sum(p.numel() for p in trainer.flow.parameters()):,} parameters, {len(clips.split('train'))} "
-            f"training clips, windows of {trainer.T} frames, {trainer.steps} steps of {config.batch_size} "
-            f"on {trainer.device}",
-            flush=True,
-        )
+        size = sum(p.numel() for p in trainer.flow.parameters())
+        print(f"{out}: {size:,} parameters, {len(clips.split('train'))} training clips, windows of {trainer.T} "
+              f"frames, {trainer.steps} steps of {config.batch_size} on {trainer.device}", flush=True)  # fmt: skip
     signalled = trainer.run()
     if signalled and trainer.rank == 0:
         print(
@@ -80,13 +80,14 @@ def train(args):
         print(report(figures))
         plot_losses(out, figures)
         print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
-    if trainer.world > 1:
-        torch.distributed.destroy_process_group()
+    trainer.leave()
     return 128 + signalled if signalled else 0
 
 
 def configure(args, clips):
     """The preset, then what the data asks for, then the flags."""
+    from talkingflow import Config
+
     asked = clips.meta["defaults"]  # lead and noise; the synthetic talkers also ask for dropout and steps
     wanted = {name: asked[name] for name in asked if args.preset == "demo" or name in ("lead", "noise")}
     wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim} | (
@@ -102,8 +103,8 @@ def configure(args, clips):
 
 
 def hear_video(path, fps):
-    """A video's sound as one block of `read_sound`, its landmarks (T, 68, 2), NaN where no face is, and their box."""
-
+    """A video's sound as one block of `read_sound`, its landmarks (T, 68, 2), NaN where no face is, and
+    their box."""
     try:
         video = truth_of_video(path, fps)
         return [(video["sound"], SAMPLE_RATE)], video["landmarks"], video["box"]
@@ -114,7 +115,10 @@ def hear_video(path, fps):
 
 
 def speak_sound(flow, data, name, blocks, faces, temperature, seed):
-    """Landmarks (K, T, D) for a sound that comes in blocks (see `read_sound`), its samples (int16) and their rate."""
+    """Landmarks (K, T, D) for a sound that comes in blocks (see `read_sound`), its samples (int16), their
+    rate."""
+    from talkingflow import Talker
+
     talker, parts, sound, rate = None, [], [], None
     for block, rate in blocks:
         if not np.isfinite(block).all():
@@ -144,7 +148,10 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
 
 
 def held_out(data, name):
-    """A clip of the training folder: the named one, or the first of the test split (or of the validation split)."""
+    """A clip of the training folder: the named one, or the first of the test split (or of the validation
+    split)."""
+    from talkingflow import Clips
+
     if not (Path(data["folder"]) / "meta.json").is_file():
         raise UserError(
             "training clips: not on this machine vs a held-out one to speak. Pass --audio, or train here"
@@ -169,9 +176,7 @@ def held_out(data, name):
     return clip, clips.landmarks[rows], clips.mel[rows], np.array(sound), clips.meta["sample_rate"]
 
 
-PRETRAINED = (
-    Path(__file__).parent / "pretrained" / "grid-s1.pt"
-)  # one man's voice and face: see the card beside it
+PRETRAINED = METHOD.parent / "pretrained" / "grid-s1.pt"  # one man's voice and face: see the card beside it
 
 
 def find_checkpoint(args):
@@ -181,6 +186,8 @@ def find_checkpoint(args):
 
 def sample(args):
     """`python talkingflow.py sample`: landmarks for a sound, written in the format of --out's suffix."""
+    from talkingflow import Talker, choose_device, load_checkpoint
+
     checkpoint = find_checkpoint(args)
     flow, state = load_checkpoint(checkpoint, choose_device(args.device))
     data, faces = state["data"], args.num_samples
@@ -226,6 +233,8 @@ def sample(args):
 
 def stream(args):
     """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
+    from talkingflow import Talker, choose_device, load_checkpoint
+
     flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
     talker = Talker(flow, state["data"], args.rate, 1, args.temperature, args.seed)
     frame, rest, piece = 0, b"", b"begin"
@@ -247,23 +256,16 @@ def stream(args):
 
 
 def add_config_flags(parser):
-    """A flag for every field of Config, its help the comment beside the field."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    """A flag for every field of Config, read from its lines `name: kind = default  # help`."""
+    kinds = {"int": int, "float": float, "str": str, "bool": truth_value, "tuple": numbers}
     group = parser.add_argument_group("the numbers of a run (default: the preset's)")
-    for field in dataclasses.fields(Config):
-        kind = type(field.default)
-        convert = {bool: truth_value, tuple: numbers}.get(kind, kind)
-        flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        shown = ",".join(map(str, field.default)) if kind is tuple else field.default
-        text = f"{comments[field.name]} [demo: {shown}]".replace("%", "%%")
-        group.add_argument(
-            *sorted(flags, reverse=True),
-            dest=f"config.{field.name}",
-            type=convert,
-            help=text,
-            metavar=kind.__name__,
-            default=argparse.SUPPRESS,
-        )
+    fields = METHOD.read_text(encoding="utf-8").partition("class Config:")[2].partition("def ")[0]
+    for name, kind, default, text in re.findall(r"^    (\w+): (\w+) = (.*?)  # (.*)$", fields, re.M):
+        shown = str(ast.literal_eval(default)).strip("()").replace(", ", ",")
+        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"}, reverse=True)
+        text = f"{text} [demo: {shown}]".replace("%", "%%")
+        options = {"dest": f"config.{name}", "type": kinds[kind], "metavar": kind}
+        group.add_argument(*flags, help=text, default=argparse.SUPPRESS, **options)
 
 
 def numbers(text):
@@ -280,7 +282,9 @@ def truth_value(text):
 
 def build_parser():
     """The command line: train, sample and stream."""
-    parser = argparse.ArgumentParser(description=talkingflow.__doc__.split("[1]")[0])
+    parser = argparse.ArgumentParser(
+        description=ast.get_docstring(ast.parse(METHOD.read_text(encoding="utf-8"))).split("[1]")[0]
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream")
     shared = argparse.ArgumentParser(add_help=False)

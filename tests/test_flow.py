@@ -205,7 +205,7 @@ def test_forward_of_a_sample_gives_back_the_drawn_latents(prior):
     x = flow.sample(c, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(2)
     noise = torch.stack([torch.randn(3, 16, generator=generator, dtype=torch.float64) for _ in range(25)], 1)
-    z = flow.prior.sample(noise, c, {})
+    z = flow.prior.sample(noise) + flow.prior_mean(c)
     assert (torch.cat(flow(x, c)[0], 2) - z).abs().max() < 1e-9
 
 
@@ -213,7 +213,7 @@ def test_forward_of_a_sample_gives_back_the_drawn_latents(prior):
 def test_samples_of_an_untrained_prior_have_its_moments(prior):
     flow = make(prior=prior, prior_mean=False)
     noise = torch.randn(4000, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    z = flow.prior.sample(noise, data(B=4000, T=12)[1], {})
+    z = flow.prior.sample(noise)
     variance = flow.prior.variance
     assert ((z.mean(0) / variance.sqrt()).abs() < 0.09).all()
     assert ((z.var(0) / variance - 1).abs() < 0.13).all()
@@ -234,7 +234,7 @@ def test_initialisation_gives_every_latent_its_priors_variance(init):
         assert abs(z.var((0, 1)).mean() / lam - 1) < (1e-3 if init == "data" else 0.5)
         assert init == "random" or (z.var((0, 1)) / lam - 1).abs().max() < 1e-3
     assert abs(flow.cond_mean.mean() + 9) < 0.1 and abs(flow.cond_std.mean() - 4) < 0.1
-    with pytest.raises(UserError, match="once"):
+    with pytest.raises(AssertionError, match="once"):
         flow.initialize(x, c)
 
 
@@ -302,9 +302,9 @@ def test_temperature_zero_is_one_track_and_more_temperature_is_more_spread():
 def test_wrong_shapes_and_sizes_are_refused_with_both_values():
     flow = make()
     x, c = data()
-    with pytest.raises(UserError, match=r"x \(3, 9, 15\).*\(B, T, 16\)"):
+    with pytest.raises(AssertionError, match=r"x \(3, 9, 15\).*\(B, T, 16\)"):
         flow(x[:, :, :15], c)
-    with pytest.raises(UserError, match=r"c \(3, 8, 3\)"):
+    with pytest.raises(AssertionError, match=r"c \(3, 8, 3\)"):
         flow.log_prob(x, c[:, :8])
     with pytest.raises(UserError, match="dim: 15 vs at least 2\\^num_scales = 16"):
         Config(dim=15)

@@ -1,0 +1,64 @@
+"""Where the flow runs: the choice of a device, and CUDA graphs, which spare a GPU the launches."""
+
+import os
+
+import torch
+
+from media.console import UserError
+
+
+def choose_device(name):
+    """auto: this process's GPU where there is one."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"device: {name} ({reason}) vs one that torch can use. Try --device cpu")
+    return torch.device(name)
+
+
+class Captured:
+    """function(*tensors) as one CUDA graph. A training step of this size is thousands of launches, each
+    dearer than its work: an H100 was idle nine tenths of the time.
+
+    The first three calls run as they are, on a stream of their own, since what they set up must not be
+    recorded; the fourth is recorded, and from then on replayed with the new tensors in the same places.
+    The function must do all its work on the device, wait for nothing, and change tensors in place; torch
+    moves the random generator of a graph on at every replay. Where recording fails, calls go on as they
+    were, and one line says why."""
+
+    def __init__(self, function, device):
+        self.function, self.calls, self.graph = function, 0, None
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, *tensors):
+        self.calls += 1
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.function(*tensors)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if self.calls == 4:
+            self.record(tensors)
+        if self.graph is None:
+            self.function(*tensors)
+            return
+        for place, tensor in zip(self.places, tensors):
+            place.copy_(tensor)
+        self.graph.replay()
+
+    def record(self, tensors):
+        """Record one call on tensors like these; nothing is computed yet."""
+        self.places, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.function(*self.places)
+            self.graph = graph
+        except RuntimeError as e:
+            print(
+                f"note: no CUDA graph ({str(e).splitlines()[0]}): every operation is launched by itself",
+                flush=True,
+            )
