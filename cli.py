@@ -64,9 +64,9 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
         if not state:
             (out / "log.jsonl").write_text("")
-        size = sum(p.numel() for p in trainer.flow.parameters())
-        print(f"{out}: {size:,} parameters, {len(clips.split('train'))} training clips, windows of {trainer.T} "
-              f"frames, {trainer.steps} steps of {config.batch_size} on {trainer.device}", flush=True)  # fmt: skip
+        size, count = sum(p.numel() for p in trainer.flow.parameters()), len(clips.split("train"))
+        print(f"{out}: {size:,} parameters, {count} training clips, windows of {trainer.T} frames, ", end="")
+        print(f"{trainer.steps} steps of {config.batch_size} on {trainer.device}", flush=True)
     signalled = trainer.run()
     if signalled and trainer.rank == 0:
         print(
@@ -80,7 +80,7 @@ def train(args):
         print(report(figures))
         plot_losses(out, figures)
         print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
-    trainer.leave()
+    trainer.processes.leave()
     return 128 + signalled if signalled else 0
 
 

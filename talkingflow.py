@@ -44,7 +44,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -54,11 +53,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from csrc.device import Captured, choose_device
+from csrc.device import Captured, Processes, choose_device, few_threads
 from csrc.gated_conv import kernel_runs, load_kernel
 from media.checkpoint import describe, read_checkpoint
 from media.console import CLEAR, Interrupt, UserError, write_atomically
 from media.folder import TrainingFolder
+from media.limits import check_config
 from media.sound import Mel
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,52 +104,23 @@ class Config:
 
     def __post_init__(self):
         self.dilations, self.lambdas = tuple(self.dilations), tuple(self.lambdas)
-        sizes = "dim cond_dim hidden kernel_size num_scales steps_per_scale batch_size seq_len eval_interval"
-        whole = all(isinstance(d, int) and d >= 1 for d in self.dilations)
-        least = 2**self.num_scales
-        for names, holds, expected in (
-            (sizes, lambda v: v >= 1, "at least 1"),
-            (
-                "lead steps epochs warmup weight_decay mean_loss noise",
-                lambda v: 0 <= v < math.inf,
-                "0 or more",
-            ),
-            ("lr mean_lr grad_clip scale_bound", lambda v: 0 < v < math.inf, "above 0"),
-            ("dropout", lambda v: 0 <= v < 1, "0 or more and below 1"),
-            ("lr_final", lambda v: 0 <= v <= 1, "between 0 and 1"),
-            ("prior", lambda v: v in ("ar2", "iid"), "ar2 or iid"),
-            ("init", lambda v: v in ("data", "random"), "data or random"),
-            ("precision", lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-            ("dilations", lambda v: v and whole, "one or more whole numbers, each at least 1"),
-            ("lambdas", lambda v: len(v) == self.num_scales, f"one for each of the {self.num_scales} scales"),
-            ("lambdas", lambda v: all(0 < x < math.inf for x in v), "above 0"),
-            ("dim", lambda v: v >= least, f"at least 2^num_scales = {least}"),
-            ("steps", lambda v: v or self.epochs, "steps or epochs above 0"),
-            ("seed", lambda v: 0 <= v < 2**63, "0 or more and below 2^63"),
-        ):
-            for name in names.split():
-                if not holds(getattr(self, name)):
-                    raise UserError(f"{name}: {getattr(self, name)} vs {expected}. Change --{name}")
+        check_config(self)
 
     @staticmethod
     def preset(name):
-        """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the
-        authors' code where it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands,
-        window, look-ahead, the bounds on s and on the gradient and the dequantisation noise are this
-        project's."""
-        paper = dict(
-            hidden=256, kernel_size=3, steps_per_scale=6, prior="iid", prior_mean=False, init="random"
-        )
-        paper |= dict(cond_dim=80, dropout=0.0, batch_size=128, steps=0, epochs=100)
-        paper |= dict(lr=1e-4, lr_final=1.0, warmup=0, weight_decay=0.0, mean_loss=0.0)
+        """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors'
+        code where it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands, window,
+        look-ahead, the bounds on s and on the gradient and the dequantisation noise are this project's."""
+        paper = dict(cond_dim=80, hidden=256, kernel_size=3, steps_per_scale=6, dropout=0.0)
+        paper |= dict(prior="iid", prior_mean=False, init="random", mean_loss=0.0, weight_decay=0.0)
+        paper |= dict(batch_size=128, steps=0, epochs=100, lr=1e-4, lr_final=1.0, warmup=0)
         if name not in ("demo", "paper"):
             raise UserError(f"preset: {name} vs demo or paper. Choose one of the two")
         return Config(**(paper if name == "paper" else {}))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The operator: causal dilated convolution + bias + conditioning, then the gate tanh * sigmoid (Fig. 1C, Sec.
-# 2.2)
+# The operator: causal dilated convolution + bias + conditioning, then the gate (Fig. 1C, Sec. 2.2)
 
 
 def gated_causal_conv_reference(x, weight, bias, cond, dilation):
@@ -165,14 +136,11 @@ def gated_causal_conv_reference(x, weight, bias, cond, dilation):
 
 
 def gated_conv(x, matrix, bias, cond, k, dilation):
-    """The same where the (k-1) dilation frames before the first output are the first ones of x: one
-    product over the taps, faster than conv1d on CPUs, and what torch.compile fuses best on GPUs. matrix
-    (2H, kC)."""
+    """The same with the (k-1) dilation frames before the first output in front of x: one product over the
+    taps, faster than conv1d on CPUs, and what torch.compile fuses best on GPUs. matrix (2H, kC)."""
     T = x.shape[1] - (k - 1) * dilation
-    taps = torch.cat(
-        [x[:, j * dilation : j * dilation + T] for j in range(k)], 2
-    )  # (B, T, kC), the oldest first
-    a = F.linear(taps, matrix, bias)  # (B, T, 2H)
+    taps = [x[:, j * dilation : j * dilation + T] for j in range(k)]  # (B, T, C) each, the oldest first
+    a = F.linear(torch.cat(taps, 2), matrix, bias)  # (B, T, 2H)
     tanh, sigmoid = (a if cond is None else a + cond).chunk(2, 2)
     return torch.tanh(tanh) * torch.sigmoid(sigmoid)  # (B, T, H) [4]
 
@@ -234,8 +202,7 @@ class ConditionTCN(nn.Module):
         self.dropout, self.recompute, self.precision = config.dropout, config.recompute, None
 
     def forward(self, x, c):
-        """x (B, T, C), c (B, T, M) -> (B, T, out): the network, in bfloat16 or computed twice where that
-        is asked."""
+        """The network, in bfloat16 or computed again in the backward pass where that is asked."""
         with torch.autocast(x.device.type, self.precision) if self.precision else contextlib.nullcontext():
             if self.recompute and self.training:
                 return checkpoint(self.network, x, c, use_reentrant=False).to(x.dtype)
@@ -276,10 +243,8 @@ class ActNorm(nn.Module):
 
 
 class InvertibleConv1x1(nn.Module):
-    """y_t = W x_t with W = P L U [2]: log-det T * sum(log|diag U|), whatever the signs; starts as a random
-    rotation.
-
-    `inverted` holds W^-1 in a stream, whose weights stay as they are."""
+    """y_t = W x_t with W = P L U [2]: log-det T * sum(log|diag U|), whatever the signs. Starts as a random
+    rotation. `inverted` holds W^-1 in a stream, whose weights stay as they are."""
 
     def __init__(self, dim):
         super().__init__()
@@ -304,30 +269,25 @@ class InvertibleConv1x1(nn.Module):
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
         return self.permutation @ (self.lower.tril(-1) + one) @ upper
 
-    def remember(
-        self, batch_size
-    ):  # in float64: float32 inverses are the largest error of the whole inverse flow
-        self.inverted = torch.linalg.inv(self.matrix().double()).to(self.lower.dtype)
+    def inverse_matrix(self):  # in float64: float32 inverses are the largest error of the whole inverse flow
+        return torch.linalg.inv(self.matrix().double()).to(self.lower.dtype)
+
+    def remember(self, batch_size):
+        self.inverted = self.inverse_matrix()
 
     def forward(self, x):
         return x @ self.matrix().T, x.shape[1] * self.log_diagonal.sum()
 
     def inverse(self, y):
-        if self.inverted is None:
-            return y @ torch.linalg.inv(self.matrix().double()).to(y.dtype).T
-        return y @ self.inverted.T
+        return y @ (self.inverse_matrix() if self.inverted is None else self.inverted).T
 
 
 class AffineCoupling(nn.Module):
-    """Eqs. 7-9: the first half passes and decides, with the sound, how the second half is scaled and
-    shifted."""
+    """Eqs. 7-9: the first half passes and decides, with the sound, the second half's scale and shift."""
 
     def __init__(self, dim, config):
         super().__init__()
-        self.sizes = [
-            dim // 2,
-            dim - dim // 2,
-        ]  # any dim: an odd one gives its extra coordinate to the second half
+        self.sizes = [dim // 2, dim - dim // 2]  # an odd dim gives its extra coordinate to the second half
         self.bound = config.scale_bound
         self.net = ConditionTCN(self.sizes[0], 2 * self.sizes[1], config)
 
@@ -353,11 +313,8 @@ class FlowStep(nn.Module):
 
     def __init__(self, dim, config):
         super().__init__()
-        self.actnorm, self.conv, self.coupling = (
-            ActNorm(dim),
-            InvertibleConv1x1(dim),
-            AffineCoupling(dim, config),
-        )
+        self.actnorm, self.conv = ActNorm(dim), InvertibleConv1x1(dim)
+        self.coupling = AffineCoupling(dim, config)
 
     def forward(self, x, c):
         x, logdet_norm = self.actnorm(x)
@@ -380,27 +337,22 @@ class FlowStep(nn.Module):
 class Prior(nn.Module):
     """Density of the latents z (B, T, D), deepest scale first, with marginal variances lambda_l.
 
-    ar2: r = z - m(c) is stationary for each coordinate by itself, given by its partial autocorrelations p1,
-    p2 in (-1, 1): r_t = a1 r_{t-1} + a2 r_{t-2} + e_t,  a1 = p1 (1 - p2),  a2 = p2,  var e = lambda (1 -
-    p1^2)(1 - p2^2); the first two frames know less: r_0 = e_0,  r_1 = p1 r_0 + e_1,  var e_0 = lambda,  var
-    e_1 = lambda (1 - p1^2).
-
+    ar2: r = z - m(c) is stationary, each coordinate by itself; p1, p2 are its partial autocorrelations:
+        r_0 = e_0                                   var e_0 = lambda
+        r_1 = p1 r_0 + e_1                          var e_1 = lambda (1 - p1^2)
+        r_t = p1 (1 - p2) r_{t-1} + p2 r_{t-2} + e_t    var e_t = lambda (1 - p1^2)(1 - p2^2)
     In a stream, `past` holds the number of frames so far and the last two of them."""
 
     def __init__(self, sizes, config):
         super().__init__()
-        variance = torch.cat(
-            [torch.full((size,), float(value)) for size, value in zip(sizes, config.lambdas)]
-        )
-        self.register_buffer("variance", variance)  # (D,)
+        variances = [torch.full((size,), float(value)) for size, value in zip(sizes, config.lambdas)]
+        self.register_buffer("variance", torch.cat(variances))  # (D,)
         self.ar2 = config.prior == "ar2"
         if self.ar2:
-            self.partial = nn.Parameter(torch.zeros(2, len(variance)))  # atanh of p1, p2
-        lighter = dataclasses.replace(
-            config, dropout=config.dropout / 3
-        )  # more slows the lips, none overfits
+            self.partial = nn.Parameter(torch.zeros(2, config.dim))  # atanh of p1, p2
+        lighter = dataclasses.replace(config, dropout=config.dropout / 3)  # more slows the lips, 0 overfits
         has_mean = self.ar2 and config.prior_mean
-        self.mean_net = ConditionTCN(config.cond_dim, len(variance), lighter) if has_mean else None
+        self.mean_net = ConditionTCN(config.cond_dim, config.dim, lighter) if has_mean else None
         self.past = None
 
     def nothing(self, batch_size):
@@ -415,9 +367,7 @@ class Prior(nn.Module):
         return self.mean_net(c, c) if self.mean_net else c.new_zeros(())
 
     def partials(self):
-        return 0.9995 * torch.tanh(
-            self.partial
-        )  # never quite 1: a constant coordinate keeps a finite density
+        return 0.9995 * torch.tanh(self.partial)  # never 1: a constant coordinate keeps a finite density
 
     def innovation_variance(self, first, T):
         """var e of the frames first .. first + T - 1, (T, D)."""
@@ -437,8 +387,7 @@ class Prior(nn.Module):
         return -0.5 * (e**2 / variance + (2 * math.pi * variance).log()).sum((1, 2))
 
     def sample(self, noise):
-        """Standard normal noise (B, T, D) -> a draw of r, which goes on where the last block of a stream
-        ended."""
+        """Standard normal noise (B, T, D) -> a draw of r; a stream goes on where it ended."""
         if not self.ar2:
             return noise * self.variance.sqrt()
         frame, before, before2 = self.past or self.nothing(len(noise))
@@ -497,13 +446,12 @@ def by_doubling(e, a1, a2, before, before2):
 
 
 class TalkingFlow(nn.Module):
-    """An exact density p(x | c) of landmark sequences x (B, T, D) given sound c (B, T, M), any T >= 1, and
-    its sampler.
+    """An exact density p(x | c) of landmarks x (B, T, D) given sound c (B, T, M), any T >= 1, and its
+    sampler.
 
-    After each scale but the deepest the transformed half leaves as that scale's latent (Eq. 10) and the
-    other half goes on: 136 -> 68 -> 34 -> 17 coordinates. z_t depends on x and c up to frame t only, x_t
-    on z and c up to t.
-    """
+    After each scale but the deepest the transformed half leaves as that scale's latent (Eq. 10), the other
+    goes on: 136 -> 68 -> 34 -> 17 coordinates. z_t depends on x and c up to frame t only, x_t on z and c
+    up to t."""
 
     def __init__(self, config):
         super().__init__()
@@ -526,8 +474,7 @@ class TalkingFlow(nn.Module):
         return (c - self.cond_mean) / self.cond_std
 
     def forward(self, x, c):
-        """Data -> noise: a list of L latents (B, T, d_l) in the order of lambdas, and log|det dz/dx| (B,)
-        in nats."""
+        """Data -> noise: L latents (B, T, d_l) in the order of lambdas, and log|det dz/dx| (B,) in nats."""
         c = self.standardize(x, c)
         zs, logdet = [], x.new_zeros(len(x))
         for scale in self.scales:
@@ -556,7 +503,7 @@ class TalkingFlow(nn.Module):
         return self.prior.log_prob(torch.cat(zs, 2), self.prior_mean(c)) + logdet
 
     def nll(self, x, c):
-        """-log p(x | c) / (T D): nats per coordinate per frame (B,). p is a density, so this may well be
+        """-log p(x | c) / (T D), nats per coordinate per frame (B,). Of a density: it may well be
         negative."""
         return -self.log_prob(x, c) / (x.shape[1] * x.shape[2])
 
@@ -565,8 +512,7 @@ class TalkingFlow(nn.Module):
         return self.prior.mean((c - self.cond_mean) / self.cond_std)
 
     def sample(self, c, temperature=1.0, generator=None):
-        """One draw of x (B, T, D) for the sound c (B, T, M); temperature 0 gives the flow's central face
-        track."""
+        """One draw of x (B, T, D) for the sound c (B, T, M); temperature 0 gives the central face track."""
         return self.stream(len(c), temperature, generator).push(c)
 
     def stream(self, batch_size=1, temperature=1.0, generator=None):
@@ -575,13 +521,11 @@ class TalkingFlow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x, c):
-        """The data-dependent start, once, from one large batch: every latent gets its prior's variance
-        lambda_l.
+        """The data-dependent start, once, from one large batch: every latent gets its prior's variance.
 
-        ActNorm standardises each step's input. With init="data" the first 1x1 convolution becomes the PCA
-        of x, the others permutations (a rotation would mix slow and fast components again), and the
-        prior's autocorrelations Burg's estimate.
-        """
+        ActNorm standardises each step's input. With init="data" the first 1x1 convolution becomes the PCA of
+        x, the others permutations (a rotation would mix slow and fast components again), and the prior's
+        autocorrelations Burg's estimate."""
         assert not self.initialized, "initialize once: build a new TalkingFlow to start again"
         std, mean = torch.std_mean(c.double(), (0, 1))
         self.cond_mean.copy_(mean), self.cond_std.copy_(std.clamp_min(1e-3))
@@ -591,9 +535,8 @@ class TalkingFlow(nn.Module):
                 step.actnorm.initialize(h, variance)
                 h = step.actnorm(h)[0]
                 if self.config.init == "data":
-                    step.conv.set_matrix(
-                        pca(h, variance) if step is self.scales[0][0] else shuffle(h.shape[2])
-                    )
+                    first = step is self.scales[0][0]
+                    step.conv.set_matrix(pca(h, variance) if first else shuffle(h.shape[2]))
                 h = step.coupling(step.conv(h)[0], c)[0]
             if scale is not self.scales[-1]:
                 h, z = h.tensor_split([h.shape[2] // 2], 2)
@@ -633,13 +576,10 @@ class Stream:
     def push(self, c):
         """The next block of sound c (B, n, M) -> its landmarks (B, n, D)."""
         B, n, D = self.batch_size, c.shape[1], self.flow.config.dim
-        assert c.dim() == 3 and len(c) == B, (
-            f"sound {tuple(c.shape)} vs ({B}, n, {self.flow.config.cond_dim})"
-        )
+        assert c.dim() == 3 and len(c) == B, f"sound {tuple(c.shape)} vs ({B}, n, M)"
         if n == 0:
             return c.new_zeros(B, 0, D)
-        # torch.randn fills 16 numbers at a time: whole sixteens a frame make the draw the same for any block
-        # size
+        # torch.randn fills 16 numbers at a time: whole sixteens a frame give any block size the same draw
         device = self.generator.device if self.generator else "cpu"
         noise = torch.randn(n, -(-B * D // 16) * 16, generator=self.generator, dtype=c.dtype, device=device)
         noise = noise[:, : B * D].reshape(n, B, D).transpose(0, 1).to(c.device)
@@ -657,23 +597,16 @@ class Clips(TrainingFolder):
     def draw(self, count, T, generator):
         """`count` random training windows; every frame that can start one is as likely as any other."""
         clips = [clip for clip in self.split("train") if clip["frames"] >= T]
-        ends = np.cumsum(
-            [clip["frames"] - T + 1 for clip in clips]
-        )  # all starts in a row: clip i's end at ends[i]
+        ends = np.cumsum([clip["frames"] - T + 1 for clip in clips])  # all starts in a row, clip after clip
         picks = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
         chosen = np.searchsorted(ends, picks, side="right")
-        return [
-            (clips[i], int(ends[i] - 1 - pick)) for i, pick in zip(chosen, picks)
-        ]  # counted from that end
+        return [(clips[i], int(ends[i] - 1 - pick)) for i, pick in zip(chosen, picks)]  # counted from the end
 
     def batch(self, windows, T, lead=0, noise=0.0, generator=None):
-        """Landmarks x (B, T, D) plus noise of `noise` interocular distances, sound c (B, T, M) heard
-        `lead` ahead."""
+        """x (B, T, D) plus noise of `noise` interocular distances, c (B, T, M) heard `lead` frames ahead."""
         x, c = [], []
         for clip, s in windows:
-            ahead = np.minimum(
-                np.arange(s, s + T) + lead, clip["frames"] - 1
-            )  # a clip's last column is repeated
+            ahead = np.minimum(np.arange(s, s + T) + lead, clip["frames"] - 1)  # the last column is repeated
             x.append(self.landmarks[clip["start"] + s : clip["start"] + s + T])
             c.append(self.mel[clip["start"] + ahead])
         x, c = torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(c))
@@ -707,19 +640,16 @@ class Objective(nn.Module):
 
 
 def build_optimizer(flow, config):
-    """Adam; decay on the ConditionTCNs' weights only: a rotation or an autocorrelation near 0 is no
-    simpler."""
+    """Adam; decay on the networks' weights only: a rotation or an autocorrelation near 0 is no simpler."""
     device, groups = flow.cond_mean.device, {}
     for name, parameter in flow.named_parameters():
         scale = config.mean_lr if "mean_net" in name else 1.0
-        decay = (
-            config.weight_decay / scale if "net." in name and parameter.dim() > 1 else 0.0
-        )  # the same a step
+        decays = "net." in name and parameter.dim() > 1
+        decay = config.weight_decay * decays / scale  # the same a step
         groups.setdefault((scale, decay), []).append(parameter)
-    groups = [
-        {"params": parameters, "scale": scale, "weight_decay": decay, "lr": torch.zeros((), device=device)}
-        for (scale, decay), parameters in groups.items()
-    ]
+    groups = [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+    for group in groups:
+        group["lr"] = torch.zeros((), device=device)  # a tensor, so that a captured step can be given another
     return torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
 
 
@@ -739,8 +669,7 @@ def validate(flow, batches):
 
 
 def fixed_batches(clips, split, T, config, device, limit=96):
-    """Up to `limit` windows of a split with noise that never changes, so that two validations can be
-    compared."""
+    """Up to `limit` windows of a split with noise that never changes, so that validations can be compared."""
     generator, windows = torch.Generator().manual_seed(0), clips.windows(split, T, limit)
     blocks = [windows[i : i + 32] for i in range(0, len(windows), 32)]
     return [[v.to(device) for v in clips.batch(b, T, config.lead, config.noise, generator)] for b in blocks]
@@ -765,44 +694,33 @@ class Trainer:
 
     def __init__(self, config, clips, out, device="auto", state=None):
         self.config, self.clips, self.out, self.device = config, clips, Path(out), choose_device(device)
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if config.batch_size % self.world:
-            found = f"{config.batch_size} vs a multiple of {self.world} processes"
-            raise UserError(f"batch_size: {found}. Change --batch_size")
+        self.processes = Processes(self.device, config.batch_size)
+        self.rank, self.world = self.processes.rank, self.processes.world
         self.T = clips.window_length(config.seq_len)
         windows = len(clips.windows("train", self.T))
         self.steps = config.steps or math.ceil(config.epochs * windows / config.batch_size)
-        self.held = {
-            split: fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val")
-        }
+        held = (fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val"))
+        self.held = dict(zip(("train", "val"), held))
         if not self.held["val"]:
             found = f"no validation window of {self.T} frames vs at least 1"
             raise UserError(f"{clips.folder}: {found}. Prepare more clips or lower --seq_len")
         load_kernel()  # says on stderr which backend runs the networks, and why
-        if self.device.type == "cpu" and config.hidden <= 64 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(
-                1
-            )  # tensors this small gain nothing from more, and lose much on a busy machine
+        if config.hidden <= 64:
+            few_threads(self.device)
         self.flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
         self.optimizer = build_optimizer(self.flow, config)
         self.step, self.best = 0, math.inf
-        self.fade, self.skipped = torch.zeros(
-            2, device=self.device
-        )  # weight of the mean's loss, steps skipped
-        start = state["step"] if state else 0  # a run that goes on with several processes sees new windows
-        self.generator = torch.Generator().manual_seed(
-            config.seed + 1000003 * (self.rank + 1) + start
-        )  # and noise
-        torch.manual_seed(config.seed + 1000003 * self.rank + start)  # dropout
+        self.fade, self.skipped = torch.zeros(2, device=self.device)  # see `update`
+        # a run that goes on with several processes sees new windows, noise and dropout
+        seed = config.seed + 1000003 * self.rank + (state["step"] if state else 0)
+        self.generator = torch.Generator().manual_seed(seed + 1000003)
+        torch.manual_seed(seed)
         if state:
             self.restore(state)
         self.choose_precision()
-        self.model, self.advance = Objective(self.flow), self.update
-        if self.world > 1:  # wrapped after the data-dependent start, which is the same in all processes
-            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-            self.model = nn.parallel.DistributedDataParallel(self.model)
-        elif self.device.type == "cuda":
-            self.advance = Captured(self.update, self.device)
+        self.model = self.processes.join(Objective(self.flow))  # after the start, which is the same in all
+        graph = self.device.type == "cuda" and self.world == 1
+        self.advance = Captured(self.update, self.device) if graph else self.update
 
     def choose_precision(self):
         """bfloat16 is for the networks; the flow around them stays float32, so its inverse stays exact."""
@@ -829,20 +747,17 @@ class Trainer:
             self.look(windows)
 
     def update(self, x, c):
-        """Forward, backward, clip, Adam. Nothing here waits for the device, so that it can be captured as
-        it is."""
+        """Forward, backward, clip, Adam. Nothing here waits for the device: it can be captured as it is."""
         nll, loss = self.model(x, c, self.fade)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.flow.parameters(), self.config.grad_clip)
-        self.optimizer.found_inf = (
-            1 - norm.isfinite().float()
-        )  # GradScaler's switch: at 1 Adam changes nothing
+        self.optimizer.found_inf = bad = 1 - norm.isfinite().float()  # at 1 Adam changes nothing
         self.optimizer.step()
-        self.skipped.copy_((self.skipped + 1) * self.optimizer.found_inf)  # in a row
+        self.skipped.copy_((self.skipped + 1) * bad)  # steps in a row
 
     def look(self, windows):
-        """A step whose gradient was not finite has changed nothing, and is named; five in a row end the
+        """A step whose gradient was not finite has changed nothing; it is named, five in a row end the
         run."""
         if not self.skipped:
             return
@@ -862,7 +777,7 @@ class Trainer:
         with Interrupt() as interrupt:
             while self.step < self.steps:
                 self.train_step()
-                if self.step < self.steps and (signalled := self.stop_asked(interrupt)):
+                if self.step < self.steps and (signalled := self.processes.largest(interrupt.signal)):
                     if self.rank == 0:
                         self.save_resume()
                     return signalled
@@ -871,22 +786,9 @@ class Trainer:
                     self.log(seconds)
                     clock, done = time.perf_counter(), self.step
                 elif self.rank == 0 and CLEAR and self.step % 10 == 0:
-                    print(
-                        f"{CLEAR}step {self.step}/{self.steps}  {1 / seconds:.1f} steps/s", end="", flush=True
-                    )
+                    steps = f"{CLEAR}step {self.step}/{self.steps}  {1 / seconds:.1f} steps/s"
+                    print(steps, end="", flush=True)
         return 0
-
-    def stop_asked(self, interrupt):
-        """The number of a signal that any process got: all of them stop after the same step."""
-        if self.world == 1:
-            return interrupt.signal
-        flag = torch.tensor(interrupt.signal, device=self.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return int(flag)
-
-    def leave(self):
-        if self.world > 1:
-            torch.distributed.destroy_process_group()
 
     def log(self, seconds):
         """Validate, append to log.jsonl, print, keep the best weights and everything that --resume needs."""
@@ -972,8 +874,5 @@ class Talker:
 
     def finish(self):
         """The frames whose look-ahead lies beyond the end of the sound: its last column stands in."""
-        missing, self.waiting = (
-            self.lead - self.waiting,
-            0,
-        )  # fewer if the sound is shorter than the look-ahead
+        missing, self.waiting = self.lead - self.waiting, 0  # fewer if the sound is shorter than that
         return self.speak(np.repeat(self.last, missing, 0))

@@ -1,4 +1,5 @@
-"""Where the flow runs: the choice of a device, and CUDA graphs, which spare a GPU the launches."""
+"""Where the flow runs: device, threads, the processes of torchrun, and CUDA graphs, which spare a GPU the
+launches."""
 
 import os
 
@@ -17,6 +18,43 @@ def choose_device(name):
         reason = str(e).splitlines()[0]
         raise UserError(f"device: {name} ({reason}) vs one that torch can use. Try --device cpu")
     return torch.device(name)
+
+
+def few_threads(device):
+    """One thread on a CPU: small tensors gain nothing from more, and lose much on a busy machine."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+class Processes:
+    """This process among those of torchrun, or alone: rank 0 of 1."""
+
+    def __init__(self, device, batch_size):
+        self.device = device
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if batch_size % self.world:
+            found = f"{batch_size} vs a multiple of {self.world} processes"
+            raise UserError(f"batch_size: {found}. Change --batch_size")
+
+    def join(self, model):
+        """The model, its gradients from now on averaged over the processes."""
+        if self.world == 1:
+            return model
+        torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return torch.nn.parallel.DistributedDataParallel(model)
+
+    def largest(self, number):
+        """The largest of the processes' numbers: a signal that any of them got stops all after the same
+        step."""
+        if self.world == 1:
+            return number
+        number = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+    def leave(self):
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
 
 
 class Captured:
