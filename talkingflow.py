@@ -139,8 +139,11 @@ def gated_conv(x, matrix, bias, cond, k, dilation):
     """The same with the (k-1) dilation frames before the first output in front of x: one product over the
     taps, faster than conv1d on CPUs, and what torch.compile fuses best on GPUs. matrix (2H, kC)."""
     T = x.shape[1] - (k - 1) * dilation
-    taps = [x[:, j * dilation : j * dilation + T] for j in range(k)]  # (B, T, C) each, the oldest first
-    a = F.linear(torch.cat(taps, 2), matrix, bias)  # (B, T, 2H)
+    if T == 1:  # a streamed frame: the same taps in half the time
+        taps = x[:, ::dilation].flatten(1)[:, None]
+    else:
+        taps = torch.cat([x[:, j * dilation : j * dilation + T] for j in range(k)], 2)
+    a = F.linear(taps, matrix, bias)  # (B, T, kC), the oldest tap first -> (B, T, 2H)
     tanh, sigmoid = (a if cond is None else a + cond).chunk(2, 2)
     return torch.tanh(tanh) * torch.sigmoid(sigmoid)  # (B, T, H) [4]
 
@@ -168,19 +171,19 @@ class GatedCausalConv(nn.Module):
         # stored as (2H, k, C): the operator's (2H, C, k) and the matrix of its product are both views of it
         self.weight = nn.Parameter(torch.empty(2 * hidden, kernel_size, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(2 * hidden).uniform_(-bound, bound))
-        self.dilation, self.past = dilation, None
+        self.dilation, self.past, self.matrix = dilation, None, None
 
     def remember(self, batch_size):
         _, k, C = self.weight.shape
         self.past = self.weight.new_zeros(batch_size, (k - 1) * self.dilation, C)
+        self.matrix = self.weight.flatten(1).T.contiguous().T  # (2H, kC), laid out for a product with one row
 
     def forward(self, x, cond):
-        _, k, _ = self.weight.shape
         if self.past is None:
             return gated_causal_conv(x, self.weight.transpose(1, 2), self.bias, cond, self.dilation)
         x = torch.cat([self.past, x], 1)
         self.past.copy_(x[:, x.shape[1] - self.past.shape[1] :])
-        return gated_conv(x, self.weight.flatten(1), self.bias, cond, k, self.dilation)
+        return gated_conv(x, self.matrix, self.bias, cond, self.weight.shape[1], self.dilation)
 
 
 class ConditionTCN(nn.Module):
@@ -273,7 +276,7 @@ class InvertibleConv1x1(nn.Module):
         return torch.linalg.inv(self.matrix().double()).to(self.lower.dtype)
 
     def remember(self, batch_size):
-        self.inverted = self.inverse_matrix()
+        self.inverted = self.inverse_matrix().T.contiguous().T  # see GatedCausalConv
 
     def forward(self, x):
         return x @ self.matrix().T, x.shape[1] * self.log_diagonal.sum()
