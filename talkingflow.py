@@ -561,6 +561,13 @@ def shuffle(dim):
     return torch.eye(dim, dtype=torch.float64)[torch.randperm(dim)]
 
 
+def twin(module):
+    """A copy of a module and its parts that shares their weights, and nothing that they remember."""
+    other = copy.copy(module)
+    other._modules = {name: part and twin(part) for name, part in module._modules.items()}
+    return other
+
+
 class Stream:
     """Faces while the sound arrives: blocks of any size give the frames of a whole-sequence sample, which
     is itself a stream of one block. All that it remembers is in its own copy of the flow's layers (the
@@ -568,8 +575,7 @@ class Stream:
 
     def __init__(self, flow, batch_size, temperature, generator):
         self.batch_size, self.temperature, self.generator = batch_size, temperature, generator
-        shared = {id(value): value for value in flow.state_dict(keep_vars=True).values()}
-        self.flow = copy.deepcopy(flow, shared).eval()  # no dropout in a sampler
+        self.flow = twin(flow).eval()  # no dropout in a sampler
         with torch.no_grad():
             for module in self.flow.modules():
                 if hasattr(module, "remember"):
