@@ -132,17 +132,13 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
                     file=sys.stderr,
                 )
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
-        if not talker.mel.level:
-            parts.append(talker.push(block))
+        parts.append(talker.push(block))
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
     if not len(sound) or len(sound) * data["fps"] < rate:
         raise UserError(
             f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. "
             "Use a longer sound"
         )
-    if talker.mel.level:  # needs the whole sound before the first frame
-        columns = talker.mel.columns(sound / np.float32(32768))
-        parts = [talker.speak(block) for block in np.array_split(columns, len(columns) // 512 + 1)]
     parts.append(talker.finish())
     return np.concatenate(parts, 1), sound, rate
 

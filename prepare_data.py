@@ -196,7 +196,7 @@ def new_folder(out, force=False):
 # Synthetic talkers, the face: x_t = mean face + sum over modes of (mode's drawing) * (mode's value at t) + noise
 
 
-def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=False, force=False, frames=80):
+def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=0.0, force=False, frames=80):
     """Write the folder of synthetic talkers: `clips` for training, at most 128 each for validation and test.
 
     Deterministic by seed. Returns the last line that the command prints."""
@@ -961,9 +961,10 @@ def parser():
     p.add_argument("--fmax", type=float, default=8000.0, help="highest frequency of the mel bands, Hz [8000]")
     p.add_argument(
         "--level",
-        action="store_true",
-        help="divide each clip's mel power by its loud frames' (for unseen "
-        "voices, with --n-mels 20 --fmin 150 --fmax 4500; not causal)",
+        type=float,
+        metavar="X",
+        help="hear relative to the loudest so far, forgotten at X nats a frame; 0: absolutely "
+        "[0.01; synthetic, one voice at one level: 0]",
     )
     p.add_argument("--clips", type=int, default=3000, help="synthetic: training clips [%(default)s]")
     p.add_argument("--seed", type=int, default=0, help="synthetic: another seed, other people [0]")
@@ -988,6 +989,7 @@ def check(args):
         ("--fmin", args.fmin, 0 <= args.fmin < args.fmax, "0 or more and below --fmax"),
         ("--fmax", args.fmax, args.fmax <= SAMPLE_RATE / 2, f"at most {SAMPLE_RATE // 2}"),
         ("--fps", args.fps, 5 <= args.fps <= 120, "5 to 120"),
+        ("--level", args.level, 0 <= args.level < 1, "0 or more and below 1"),
         ("--limit", args.limit, args.limit is None or args.limit >= 1, "1 or more"),
         ("--min-seconds", args.min_seconds, 0 <= args.min_seconds < 1e6, "0 or more"),
         ("--jobs", args.jobs, args.jobs is None or 1 <= args.jobs <= 256, "1 to 256"),
@@ -1012,6 +1014,8 @@ def check(args):
 def main(argv=None):
     """Run a command line -> exit status."""
     args = parser().parse_args(argv)
+    if args.level is None:
+        args.level = 0.0 if args.sources == ["synthetic"] else 0.01
     try:
         check(args)
         if args.sources == ["synthetic"]:

@@ -10,6 +10,7 @@ import numpy as np
 from media.console import UserError
 
 FLOOR = 1e-13  # of mel power: its logarithm is -30, a quiet hiss is at -19
+QUIET = -17.0  # the level before anything was heard: that of a voice 40 dB quieter than one close to a microphone
 
 
 class Mel:
@@ -17,19 +18,21 @@ class Mel:
 
     n_mels bands between fmin and fmax (Hz), a Hann window of `window` seconds. Power is divided by the window's squared
     sum and the bands are defined in Hz, so that one sound gives the same numbers at any sample rate: no resampler is
-    needed. `level` divides by the whole sound's 95th-percentile frame energy, for voices and microphones never heard in
-    training.
+    needed. Heard relative to a running level: column t is c_t - L_t with
+        L_t = max(L_{t-1} - level, E_t, QUIET),   E_t the logarithm of column t's summed power,
+    the loudest so far, forgotten at `level` nats a column. So a quiet microphone sounds like a loud one, without
+    look-ahead, and silence before the first word sounds like silence between words. level = 0: c_t itself.
     """
 
-    def __init__(
-        self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=False, fps=25, sample_rate=16000
-    ):
+    def __init__(self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=0.01, fps=25, sample_rate=16000):
         import librosa  # takes a second to import: only those who listen pay for it
 
         if sample_rate < 4000:
             raise UserError(
                 f"sample rate: {sample_rate} Hz vs at least 4000. Speech needs the bands above 1 kHz"
             )
+        if level is True:  # of a whole clip, which no stream can know
+            raise UserError("level: that of a whole clip vs a running one. Prepare the data and train again")
         self.fps, self.sample_rate, self.level = fps, sample_rate, level
         self.size = round(window * sample_rate)
         self.hann = np.hanning(self.size + 1)[:-1].astype(np.float32)
@@ -37,36 +40,41 @@ class Mel:
             warnings.simplefilter("ignore")
             bank = librosa.filters.mel(sr=sample_rate, n_fft=self.size, n_mels=n_mels, fmin=fmin, fmax=fmax)
         self.bank = bank / self.hann.sum() ** 2  # (M, bins)
-        # samples kept, the first one's number, columns done
-        self.past, self.first, self.frame = np.zeros(0, np.float32), 0, 0
+        self.forget()
+
+    def forget(self):
+        """Before the first sample: nothing kept, its first sample's number 0, no column done, the quiet level."""
+        self.past, self.first, self.frame, self.loudest = np.zeros(0, np.float32), 0, 0, QUIET
 
     def _power(self, samples, first, start, stop):
         """Mel power of columns start..stop-1; samples[0] is number `first` of its sound, with zeros before number 0."""
         ends = np.floor(np.arange(start + 1, stop + 1) * self.sample_rate / self.fps).astype(int) - first
         samples = np.concatenate([np.zeros(self.size, np.float32), samples])
-        power = [np.zeros((0, len(self.bank)), np.float32)]
-        for block in np.array_split(ends, len(ends) // 4096 + 1):
-            windows = samples[block[:, None] + np.arange(self.size)]  # (T, window)
-            power.append((np.abs(np.fft.rfft(windows * self.hann)) ** 2).astype(np.float32) @ self.bank.T)
-        return np.concatenate(power)
+        power = np.zeros((len(ends), len(self.bank)), np.float32)
+        for t, end in enumerate(ends):  # column by column: a product of many columns rounds as it likes
+            spectrum = np.fft.rfft(samples[end : end + self.size] * self.hann)
+            power[t] = self.bank @ (np.abs(spectrum) ** 2).astype(np.float32)
+        return power
+
+    def _log(self, power):
+        """Mel power (n, M) of the next columns -> their logarithms, less the level that runs along."""
+        columns = np.log(np.maximum(power, FLOOR))
+        if self.level:
+            for t, loudness in enumerate(np.log(np.maximum(power, FLOOR).sum(1))):
+                self.loudest = max(self.loudest - self.level, loudness, QUIET)
+                columns[t] -= self.loudest
+        return columns
 
     def _frames(self, samples):
         return int(samples * self.fps / self.sample_rate + 1e-9)
 
     def columns(self, audio):
-        """Samples (S,) in -1..1 -> log-mel (T, M) float32, T = floor(S * fps / sample_rate)."""
-        audio = np.asarray(audio, np.float32)
-        power = self._power(audio, 0, 0, self._frames(len(audio)))
-        if self.level and len(power):
-            power = power / max(np.percentile(power.mean(1), 95), 1e-12)
-        return np.log(np.maximum(power, FLOOR))
+        """A whole sound's samples (S,) in -1..1 -> log-mel (T, M) float32, T = floor(S * fps / sample_rate)."""
+        self.forget()
+        return self.push(audio)
 
     def push(self, samples):
         """The next samples of a sound that arrives piece by piece -> the columns (n, M) they complete."""
-        if self.level:
-            raise UserError(
-                "level: a clip's level vs a sound still arriving. Train on data prepared without --level"
-            )
         self.past = np.concatenate([self.past, np.asarray(samples, np.float32)])
         frames = self._frames(self.first + len(self.past))
         power = self._power(self.past, self.first, self.frame, frames)
@@ -75,7 +83,7 @@ class Mel:
         )  # start of the next column's window
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
-        return np.log(np.maximum(power, FLOOR))
+        return self._log(power)
 
 
 def read_sound(path):
