@@ -23,42 +23,9 @@ METHOD = Path(__file__).resolve().parent / "talkingflow.py"
 
 def train(args):
     """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
-    from study.figures import plot_losses
-    from study.metrics import measure, report
-    from talkingflow import Clips, Config, Trainer, load_checkpoint, read_checkpoint
+    from talkingflow import Trainer
 
-    if args.resume:
-        found = [Path(args.out, "resume.pt")] if args.out else newest("resume.pt")
-        if not found:
-            raise UserError("runs/: no resume.pt vs a run to go on with. Run: python talkingflow.py train")
-        out = found[0].parent
-        state = read_checkpoint(out / "resume.pt")
-        clips = Clips(args.data or state["data"]["folder"])
-        config = Config(**state["config"])
-        for name, value in args.config.items():
-            if name not in ("steps", "eval_interval") and getattr(config, name) != value:
-                raise UserError(
-                    f"{name}: {value} vs {getattr(config, name)} in {out}. Leave it out, or start a new run"
-                )
-        config = dataclasses.replace(config, **args.config)
-        if clips.meta["fingerprint"] != state["data"]["fingerprint"]:
-            raise UserError(
-                f"{clips.folder}: other data vs what {out} was trained on. Start a new run without --resume"
-            )
-        if state["step"] >= config.steps > 0:
-            raise UserError(
-                f"steps: {config.steps} vs the {state['step']} already done. Pass a larger --steps"
-            )
-    else:
-        preset = dataclasses.replace(Config.preset(args.preset), **args.config)  # a bad flag is refused first
-        state, clips = None, Clips(args.data or default_folder(preset.cond_dim))
-        config = configure(args, clips)
-        number = 1 + max([int(p.name[:3]) for p in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
-        out = Path(args.out or f"runs/{number:03d}-{args.preset}-{clips.folder.name}")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
-            raise UserError(
-                f"{out}: exists already vs a new folder. Choose another --out, or --resume it, or --force"
-            )
+    config, clips, out, state = resumed_run(args) if args.resume else new_run(args)
     trainer = Trainer(config, clips, out, args.device, state)
     if trainer.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -68,20 +35,61 @@ def train(args):
         print(f"{out}: {size:,} parameters, {count} training clips, windows of {trainer.T} frames, ", end="")
         print(f"{trainer.steps} steps of {config.batch_size} on {trainer.device}", flush=True)
     signalled = trainer.run()
-    if signalled and trainer.rank == 0:
-        print(
-            f"{CLEAR}stopped after step {trainer.step}, saved. "
-            f"To go on: python talkingflow.py train --resume --out {out}"
-        )
+    if trainer.rank == 0 and signalled:
+        again = f"python talkingflow.py train --resume --out {out}"
+        print(f"{CLEAR}stopped after step {trainer.step}, saved. To go on: {again}")
     elif trainer.rank == 0:
-        flow, _ = load_checkpoint(out / "checkpoint.pt", trainer.device)
-        figures = measure(flow, clips)
-        write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
-        print(report(figures))
-        plot_losses(out, figures)
-        print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
+        measure_run(out, clips, trainer.device)
     trainer.processes.leave()
     return 128 + signalled if signalled else 0
+
+
+def new_run(args):
+    """-> config, clips, the run's folder, None. What cannot be is refused before any data is made."""
+    from talkingflow import Clips, Config
+
+    preset = dataclasses.replace(Config.preset(args.preset), **args.config)
+    clips = Clips(args.data or default_folder(preset.cond_dim))
+    number = 1 + max([int(p.name[:3]) for p in Path("runs").glob("[0-9][0-9][0-9]-*")], default=0)
+    out = Path(args.out or f"runs/{number:03d}-{args.preset}-{clips.folder.name}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not args.force:
+        raise UserError(
+            f"{out}: exists already vs a new folder. Choose another --out, --resume it, or --force"
+        )
+    return configure(args, clips), clips, out, None
+
+
+def resumed_run(args):
+    """-> config, clips, the run's folder, the dict of its resume.pt."""
+    from talkingflow import Clips, Config, read_checkpoint
+
+    found = [Path(args.out, "resume.pt")] if args.out else newest("resume.pt")
+    if not found:
+        raise UserError("runs/: no resume.pt vs a run to go on with. Run: python talkingflow.py train")
+    out, state = found[0].parent, read_checkpoint(found[0])
+    clips, config = Clips(args.data or state["data"]["folder"]), Config(**state["config"])
+    for name, value in args.config.items():
+        if name not in ("steps", "eval_interval") and (old := getattr(config, name)) != value:
+            raise UserError(f"{name}: {value} vs {old} in {out}. Leave it out, or start a new run")
+    config = dataclasses.replace(config, **args.config)
+    if clips.meta["fingerprint"] != state["data"]["fingerprint"]:
+        raise UserError(f"{clips.folder}: other data vs what {out} was trained on. Start a new run")
+    if state["step"] >= config.steps > 0:
+        raise UserError(f"steps: {config.steps} vs {state['step']} already done. Pass a larger --steps")
+    return config, clips, out, state
+
+
+def measure_run(out, clips, device):
+    """What the best weights reach on held-out clips: figures.json, loss.png, and a few lines."""
+    from study.figures import plot_losses
+    from study.metrics import measure, report
+    from talkingflow import load_checkpoint
+
+    figures = measure(load_checkpoint(out / "checkpoint.pt", device)[0], clips)
+    write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
+    print(report(figures))
+    plot_losses(out, figures)
+    print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
 
 
 def configure(args, clips):
