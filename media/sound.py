@@ -1,6 +1,7 @@
 """Sound in: a causal log-mel spectrogram, one column a video frame, and the readers of sound files."""
 
 import io
+import sys
 import warnings
 import wave
 from pathlib import Path
@@ -96,12 +97,15 @@ def read_sound(path):
             f"{path}: {'a folder' if path.is_dir() else 'no such file'} vs a sound or video file. "
             "Check --audio"
         )
-    begun = False
+    begun, alone, mixed = False, 0.0, 0.0
     try:
         with soundfile.SoundFile(path) as f:
             for block in f.blocks(20 * f.samplerate, dtype="float32", always_2d=True):
-                begun = True
-                yield block.mean(1), f.samplerate
+                begun, mono = True, block.mean(1)
+                alone, mixed = alone + np.square(block).mean(1).sum(), mixed + np.square(mono).sum()
+                yield mono, f.samplerate
+        if mixed < 0.05 * alone:
+            print(f"note: {path}: its channels cancel each other. Give one of them", file=sys.stderr)
     except soundfile.LibsndfileError as e:
         if begun:
             raise UserError(f"{path}: breaks off ({e}) vs a whole file. Export it again")
@@ -116,6 +120,29 @@ def read_sound(path):
                 f"{path}: unreadable ({e or type(e).__name__}) vs wav, flac or mp3. "
                 f"Convert it: ffmpeg -i {path} out.wav"
             )
+
+
+def unlike_speech(sound, rate, fmax=8000.0):
+    """What in a sound (S,), -1..1, lies outside of what a model of clean speech up to fmax Hz has heard: a
+    list of phrases."""
+    size = rate // 10
+    frames = sound[: len(sound) // size * size].reshape(-1, size)
+    energy = np.log(np.square(frames).mean(1) + 1e-12)
+    if len(frames) < 5 or energy.max() < np.log(1e-7):
+        return [] if len(frames) < 5 else ["nothing but silence"]
+    found = []
+    full = np.mean(np.abs(sound) > 0.995)
+    if full > 1e-3:
+        found.append(f"clipped ({full:.1%} of its samples at full scale)")
+    loud = frames[energy >= np.quantile(energy, 0.8)] * np.hanning(size)
+    power = np.square(np.abs(np.fft.rfft(loud))).mean(0)
+    top = np.flatnonzero(power > 1e-6 * power.max())[-1] * rate / size
+    if top < 0.7 * fmax:
+        found.append(f"nothing above {top:.0f} Hz")
+    heard = energy[energy > np.log(1e-9)]
+    if np.subtract(*np.quantile(heard, [0.9, 0.1])) < 2.0:
+        found.append("hardly a pause in it, like noise")
+    return found
 
 
 def wav_bytes(sound, rate):
