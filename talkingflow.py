@@ -163,7 +163,8 @@ class GatedCausalConv(nn.Module):
     """One layer: x (B, T, C), cond (B, T, 2H) -> (B, T, H).
 
     In a stream, `past` holds the layer's last (k-1) d inputs: they stand where the zeros before a whole
-    sequence would, so no frame is computed twice."""
+    sequence would, so no frame is computed twice. A gradient ends there, and at a block's own earlier
+    frames too: it reaches y[t] through x[t] alone."""
 
     def __init__(self, channels, hidden, kernel_size, dilation):
         super().__init__()
@@ -181,7 +182,9 @@ class GatedCausalConv(nn.Module):
     def forward(self, x, cond):
         if self.past is None:
             return gated_causal_conv(x, self.weight.transpose(1, 2), self.bias, cond, self.dilation)
-        x = torch.cat([self.past, x], 1)
+        if x.requires_grad:  # TalkingFlow.denoise: adds 0, whose gradient is that of the last tap
+            cond = cond + F.linear(x - x.detach(), self.matrix[:, -x.shape[2] :])
+        x = torch.cat([self.past, x.detach()], 1)
         self.past.copy_(x[:, x.shape[1] - self.past.shape[1] :])
         return gated_conv(x, self.matrix, self.bias, cond, self.weight.shape[1], self.dilation)
 
@@ -380,14 +383,19 @@ class Prior(nn.Module):
         return self.variance * share.index_select(0, frames)
 
     def log_prob(self, z, mean):
-        """log p(z | m(c)) (B,), nats."""
+        """log p(z | m(c)) (B,), nats; in a stream, given the frames before, where gradients end."""
         e, variance = z - mean, self.variance
         if self.ar2:
-            r, (p1, p2) = e, self.partials()
-            second = r[:, 1:2] - p1 * r[:, :1]  # none if T = 1
-            later = r[:, 2:] - p1 * (1 - p2) * r[:, 1:-1] - p2 * r[:, :-2]  # none if T < 3
-            e, variance = torch.cat([r[:, :1], second, later], 1), self.innovation_variance(0, r.shape[1])
-        return -0.5 * (e**2 / variance + (2 * math.pi * variance).log()).sum((1, 2))
+            frame, before, before2 = self.past or self.nothing(len(z))
+            r, T, (p1, p2) = e, e.shape[1], self.partials()
+            known = torch.cat([before2[:, None], before[:, None], r.detach() if self.past else r], 1)
+            e = r - p1 * (1 - p2) * known[:, 1:-1] - p2 * known[:, :-2]
+            if frame <= 1 < frame + T:  # r_1 = p1 r_0 + e_1 = a1 r_0 + (p1 p2 r_0 + e_1)
+                e[:, 1 - frame] -= p1 * p2 * known[:, 2 - frame]
+            variance = self.innovation_variance(frame, T)
+            if self.past:
+                self.past = frame + T, known[:, -1].clone(), known[:, -2].clone()
+        return -0.5 * (e**2 / variance + (2 * math.pi * variance).log()).expand_as(z).sum((1, 2))
 
     def sample(self, noise):
         """Standard normal noise (B, T, D) -> a draw of r; a stream goes on where it ended."""
@@ -518,9 +526,29 @@ class TalkingFlow(nn.Module):
         """One draw of x (B, T, D) for the sound c (B, T, M); temperature 0 gives the central face track."""
         return self.stream(len(c), temperature, generator).push(c)
 
-    def stream(self, batch_size=1, temperature=1.0, generator=None):
+    def stream(self, batch_size=1, temperature=1.0, generator=None, sigma=0.0, steer=None):
         """A sampler that takes the sound block by block: see `Stream`."""
-        return Stream(self, batch_size, temperature, generator)
+        return Stream(self, batch_size, temperature, generator, sigma, steer)
+
+    @torch.no_grad()
+    def remembering(self, batch_size):
+        """A copy for a stream. It shares the weights, and its layers remember the past for the next block:
+        the convolutions and the prior their `past`, the 1x1 convolutions their inverted matrices."""
+        flow = twin(self).eval()  # no dropout in a sampler
+        for module in flow.modules():
+            if hasattr(module, "remember"):
+                module.remember(batch_size)
+        return flow
+
+    def denoise(self, x, c, sigma):
+        """The mean of the landmarks under x (B, T, D), which carry Gaussian noise of standard deviation
+        sigma, given x up to each frame: x_t + sigma^2 d log p(x_t | x_<t, c) / dx_t (Tweedie). What is
+        remembered passes no gradient, so the sum over the frames gives each its own in one backward."""
+        flow = self if self.prior.past else self.remembering(len(x))
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (score,) = torch.autograd.grad(flow.log_prob(x, c).sum(), x)
+        return x.detach() + sigma**2 * score
 
     @torch.no_grad()
     def initialize(self, x, c):
@@ -570,16 +598,14 @@ def twin(module):
 
 class Stream:
     """Faces while the sound arrives: blocks of any size give the frames of a whole-sequence sample, which
-    is itself a stream of one block. All that it remembers is in its own copy of the flow's layers (the
-    weights are shared): the `past` of the convolutions and of the prior, and the inverted matrices."""
+    is itself a stream of one block. All that it remembers is in its own copies of the flow: see
+    `TalkingFlow.remembering`. sigma > 0 takes the training noise out of the faces: they are no draws of the
+    density then. steer: a function (z, c) -> (z, c) of what the flow is given, such as media.face.steer."""
 
-    def __init__(self, flow, batch_size, temperature, generator):
+    def __init__(self, flow, batch_size, temperature, generator, sigma=0.0, steer=None):
         self.batch_size, self.temperature, self.generator = batch_size, temperature, generator
-        self.flow = twin(flow).eval()  # no dropout in a sampler
-        with torch.no_grad():
-            for module in self.flow.modules():
-                if hasattr(module, "remember"):
-                    module.remember(batch_size)
+        self.flow, self.sigma, self.steer = flow.remembering(batch_size), sigma, steer
+        self.denoiser = flow.remembering(batch_size) if sigma else None
 
     @torch.no_grad()
     def push(self, c):
@@ -593,7 +619,10 @@ class Stream:
         noise = torch.randn(n, -(-B * D // 16) * 16, generator=self.generator, dtype=c.dtype, device=device)
         noise = noise[:, : B * D].reshape(n, B, D).transpose(0, 1).to(c.device)
         z = self.flow.prior.sample(noise * self.temperature) + self.flow.prior_mean(c)  # (B, n, D)
-        return self.flow.inverse(z.split(self.flow.sizes, 2), c)
+        if self.steer:
+            z, c = self.steer(z, c)
+        x = self.flow.inverse(z.split(self.flow.sizes, 2), c)
+        return self.denoiser.denoise(x, c, self.sigma) if self.sigma else x
 
 
 # ------------------------------------------------------------------------------------------------------------
