@@ -14,7 +14,9 @@ import numpy as np
 
 from media.console import CLEAR, UserError, bounded, free_name, newest, run_command, write_atomically
 from media.export import WRITERS
-from media.sound import SAMPLE_RATE, read_sound
+from media.face import read_face
+from media.landmarks import face_box
+from media.sound import SAMPLE_RATE, read_sound, unlike_speech
 from media.video import VIDEOS, read_video_sound, truth_of_video
 from prepare_data import default_folder
 
@@ -122,7 +124,15 @@ def hear_video(path, fps):
         return blocks, None, None
 
 
-def speak_sound(flow, data, name, blocks, faces, temperature, seed):
+def manner(args):
+    """How the faces are to speak: keywords of Talker, and the box of --face."""
+    face, box = read_face(args.face) if args.face else (None, None)
+    head = 0.0 if args.still else args.head
+    how = {"denoise": args.denoise, "head": head, "lips": args.lips, "face": face}
+    return how | {"temperature": args.temperature, "seed": args.seed}, box
+
+
+def speak_sound(flow, data, name, blocks, faces, how):
     """Landmarks (K, T, D) for a sound that comes in blocks (see `read_sound`), its samples (int16), their
     rate."""
     from talkingflow import Talker
@@ -132,13 +142,7 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
         if not np.isfinite(block).all():
             raise UserError(f"{name}: NaN or Inf among the samples vs finite sound. Export it again")
         if talker is None:
-            talker = Talker(flow, data, rate, faces, temperature, seed)
-            if rate / 2 < data["mel"]["fmax"]:
-                print(
-                    f"note: {name} has {rate} Hz, nothing above {rate // 2} Hz; "
-                    f"the model has learned from up to {data['mel']['fmax']:.0f} Hz",
-                    file=sys.stderr,
-                )
+            talker = Talker(flow, data, rate, faces, **how)
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
         parts.append(talker.push(block))
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
@@ -147,6 +151,9 @@ def speak_sound(flow, data, name, blocks, faces, temperature, seed):
             f"{name}: {len(sound)} samples vs at least one frame of {1000 / data['fps']:.0f} ms. "
             "Use a longer sound"
         )
+    remarks = unlike_speech(sound / np.float32(32768), rate, data["mel"]["fmax"])
+    if remarks:
+        print(f"note: {name}: {', '.join(remarks)}. The model has heard no such sound", file=sys.stderr)
     parts.append(talker.finish())
     return np.concatenate(parts, 1), sound, rate
 
@@ -202,15 +209,21 @@ def sample(args):
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
     truth, box = None, None
+    how, their_box = manner(args)
+    if checkpoint == PRETRAINED and not args.audio and not args.clip:
+        args.audio = str(PRETRAINED.with_name("held-out.wav"))
+        recorded = np.load(PRETRAINED.with_name("held-out.npy"))  # pixels
+        corner, side = face_box(recorded.mean(0))
+        truth, box = ((recorded - corner) / side).astype(np.float32), [*corner.tolist(), float(side)]
     if args.audio:
         name, blocks = Path(args.audio).name, read_sound(args.audio)
         if args.audio.lower().endswith(VIDEOS) and Path(args.audio).is_file():
             blocks, truth, box = hear_video(args.audio, data["fps"])
-        x, sound, rate = speak_sound(flow, data, args.audio, blocks, faces, args.temperature, args.seed)
+        x, sound, rate = speak_sound(flow, data, args.audio, blocks, faces, how)
     else:
         clip, truth, mel, sound, rate = held_out(data, args.clip)
         name, box, truth = clip["name"], clip["box"], truth.reshape(-1, 68, 2)
-        talker = Talker(flow, data, rate, faces, args.temperature, args.seed)
+        talker = Talker(flow, data, rate, faces, **how)
         x = np.concatenate([talker.speak(np.array(mel)), talker.finish()], 1)
     if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
         raise UserError(
@@ -225,7 +238,7 @@ def sample(args):
         "temperature": args.temperature,
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "audio": name,
-        "box": box or [0.0, 0.0, 512.0],
+        "box": their_box or box or [0.0, 0.0, 512.0],
     }
     write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
     print(
@@ -240,7 +253,7 @@ def stream(args):
     from talkingflow import Talker, choose_device, load_checkpoint
 
     flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
-    talker = Talker(flow, state["data"], args.rate, 1, args.temperature, args.seed)
+    talker = Talker(flow, state["data"], args.rate, **manner(args)[0])
     frame, rest, piece = 0, b"", b"begin"
     while piece:
         piece = sys.stdin.buffer.read1(1 << 16)
@@ -303,6 +316,17 @@ def build_parser():
         type=bounded(float, 0, 10),
         default=1.0,
         help="of the noise; 0: the central track [1]",
+    )
+    scale = {"type": bounded(float, 0, 3), "default": 1.0, "metavar": "S"}
+    voice.add_argument("--head", help="motion of the head: 0 still, 1 as trained [1]", **scale)
+    voice.add_argument("--lips", help="motion of the lips: 0 still, 1 as trained [1]", **scale)
+    voice.add_argument("--still", action="store_true", help="the same as --head 0")
+    voice.add_argument("--face", metavar="FILE", help="draw on this face: .npz, .npy, .csv or a picture")
+    voice.add_argument(
+        "--denoise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take the training noise out of the faces, which are no draws of the density then",
     )
 
     p = commands.add_parser(

@@ -57,6 +57,7 @@ from csrc.device import Captured, Processes, choose_device, few_threads
 from csrc.gated_conv import kernel_runs, load_kernel
 from media.checkpoint import describe, read_checkpoint
 from media.console import CLEAR, Interrupt, UserError, write_atomically
+from media.face import draw_on, rest_face, steer, with_eyes_of
 from media.folder import TrainingFolder
 from media.limits import check_config
 from media.sound import Mel
@@ -888,14 +889,35 @@ class Talker:
 
     A face hears `lead` frames ahead, so its frames come that much later; `finish` returns the last of
     them. Each face draws its own noise (seed, seed + 1, ...), so the number of faces does not change any
-    of them.
+    of them. denoise: without the training noise. head, lips: their motion, 0 still, 1 as trained. face:
+    landmarks (68, 2) at rest to draw them on, instead of the model's own face.
     """
 
-    def __init__(self, flow, data, sample_rate, faces=1, temperature=1.0, seed=0):
+    def __init__(
+        self,
+        flow,
+        data,
+        sample_rate,
+        faces=1,
+        temperature=1.0,
+        seed=0,
+        denoise=False,
+        head=1.0,
+        lips=1.0,
+        face=None,
+    ):
         self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
         self.lead, self.device = flow.config.lead, flow.cond_mean.device
-        noises = [torch.Generator().manual_seed(seed + i) for i in range(faces)]
-        self.streams = [flow.stream(1, temperature, noise) for noise in noises]
+        sigma = flow.config.noise * data["interocular"] if denoise else 0.0
+
+        def streams(control):
+            noises = [torch.Generator().manual_seed(seed + i) for i in range(faces)]
+            return [flow.stream(1, temperature, noise, sigma, control) for noise in noises]
+
+        steered = (head, lips) != (1, 1)
+        self.streams = streams(steer(flow, head, lips) if steered else None)
+        self.lively = streams(None) if steered else []  # the same faces as trained, for their eyes
+        self.face, self.rest = face, rest_face(flow) if face is not None else None
         self.waiting = self.lead  # the first columns are only ever heard ahead
         self.last = np.zeros((0, len(self.mel.bank)), np.float32)
 
@@ -905,7 +927,10 @@ class Talker:
         self.waiting -= skip
         self.last = columns[-1:] if len(columns) else self.last
         c = torch.from_numpy(columns[skip:])[None].to(self.device)
-        return np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
+        x = np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
+        if self.lively:
+            x = with_eyes_of(x, np.concatenate([stream.push(c).cpu().numpy() for stream in self.lively]))
+        return x if self.face is None else draw_on(x, self.rest, self.face)
 
     def push(self, samples):
         return self.speak(self.mel.push(samples))

@@ -1,11 +1,12 @@
 """Head and lips apart, and the person's own face: what is done to a flow's faces on their way out."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from media.console import UserError
-from media.landmarks import EYES, face_box, flat, interocular, mouth_opening, points
+from media.landmarks import EYES, face_box, flat, mouth_opening, points
 from media.takes import Skip, check_points, read_npz, read_openface, to_pixels
 
 BOTH_EYES = slice(36, 42), slice(42, 48)
@@ -20,8 +21,11 @@ def at_rest(flow, frames=40):
 
 def rest_face(flow):
     """The face (68, 2) that a flow shows at rest."""
-    c, z = at_rest(flow)
-    return points(flow.inverse(z.split(flow.sizes, 2), c)[0, -1].cpu().numpy())
+    import torch
+
+    with torch.no_grad():
+        c, z = at_rest(flow)
+        return points(flow.inverse(z.split(flow.sizes, 2), c)[0, -1].cpu().numpy())
 
 
 def head_latents(flow):
@@ -88,7 +92,8 @@ def read_face(path):
     opening = mouth_opening(face)
     face = face[opening <= np.quantile(opening, 0.1)].mean(0)
     if mouth_opening(face) > 0.15:
-        print(f"note: {path.name} has its mouth open ({mouth_opening(face):.2f} of its width); it will never close")
+        found = f"{mouth_opening(face):.2f} of its width"
+        print(f"note: {path.name} has its mouth open ({found}), and so it stays. A closed one is better", file=sys.stderr)
     corner, side = face_box(face)
     return ((face - corner) / side).astype(np.float32), [*corner.tolist(), float(side)]
 
