@@ -49,10 +49,10 @@ def plot_losses(out, figures):
 
 
 def draw_fan(axes, row, truth, fps, label):
-    """Does the mouth follow the sound, and does the model know how surely? 20 samples' openings, their 5-95 % band, the
-    truth."""
+    """Does the mouth follow the sound, and does the model know how surely? 20 samples' openings, their 5-95 %
+    band, the truth."""
     for clip, ax in enumerate(axes[:, 0]):
-        mouths = np.array(row["mouths"])[:, clip]
+        mouths = np.array(row.mouths)[:, clip]
         seconds = np.arange(mouths.shape[1]) / fps
         ax.fill_between(
             seconds,
@@ -74,16 +74,16 @@ def draw_latents(axes, rows):
     """Has training given each scale the deviation that its prior asks for?"""
     ax = axes[0, 0]
     for i, (label, row) in enumerate(rows.items()):
-        scales = np.arange(1, len(row["latents"]["std"]) + 1) + 0.12 * (i - (len(rows) - 1) / 2)
+        scales = np.arange(1, len(row.latents["std"]) + 1) + 0.12 * (i - (len(rows) - 1) / 2)
         ax.plot(
             scales,
-            row["latents"]["std"],
+            row.latents["std"],
             "osD^vP*X"[i % 8],
             color=(BLUE, ORANGE, GREEN, "#CC79A7")[i % 4],
             ms=7,
             label=label,
         )
-        for x, value in zip(scales, row["latents"]["lambda"], strict=True):
+        for x, value in zip(scales, row.latents["lambda"], strict=True):
             ax.plot([x - 0.05, x + 0.05], [value**0.5] * 2, color=INK, lw=2)
     ax.plot([], [], color=INK, lw=2, label="√lambda of that row")
     ax.set(
@@ -101,7 +101,7 @@ def draw_spectrum(axes, rows, fps):
     for (label, row), (colour, style) in zip(
         rows.items(), ((INK, "-"), (ORANGE, "--"), (BLUE, "-."), (GREEN, ":")), strict=False
     ):
-        power = np.array(row["spectrum"])
+        power = np.array(row.spectrum)
         ax.semilogy(
             np.arange(len(power)) * fps / 2 / (len(power) - 1),
             power,
@@ -140,47 +140,35 @@ def draw_strips(axes, tracks, frames, fps):
 
 
 def draw_figures(out, rows, held):
-    """The figures that the rows at hand allow; the list of files."""
-    by_name = {}
-    for label, row in rows.items():
-        by_name.setdefault(row["name"], (label, row))
-    made, flows = [], [n for n in ("checkpoint", "ar2", "iid") if n in by_name]
+    """The figures that the Rows at hand allow, in folder out; the list of files."""
+    by_name, made = {}, []
+    for row in rows:
+        by_name.setdefault(row.name, row)  # of a row with two tracks, the first
+
+    def have(*names):
+        return {by_name[name].label: by_name[name] for name in names if name in by_name}
+
+    def write(name, width, height, draw, panels=1):
+        figure(out / name, width, height, draw, rows=panels)
+        made.append(name)
+
+    flows = have("checkpoint", "ar2", "iid")
     if flows:
-        label, row = by_name[flows[0]]
+        label, row = next(iter(flows.items()))
         truth = mouth_opening(points(held.x[:3]))
-        figure(
-            out / "fan.png",
-            8,
-            6,
-            lambda axes: draw_fan(axes, row, truth, held.fps, label),
-            rows=min(3, len(held.x)),
-        )
-        scales = {
-            lab: r
-            for n, (lab, r) in by_name.items()
-            if n in ("iid", "ar2", "learned-lambda", "checkpoint") and len(r["latents"]["std"]) > 1
-        }
-        figure(out / "latents.png", 7, 4, lambda axes: draw_latents(axes, scales))
-        made += ["fan.png", "latents.png"]
-    compared = {by_name[n][0]: by_name[n][1] for n in ("truth", "iid", "ar2", "checkpoint") if n in by_name}
+        write("fan.png", 8, 6, lambda axes: draw_fan(axes, row, truth, held.fps, label), len(truth))
+        scales = have("iid", "ar2", "learned-lambda", "checkpoint")
+        scales = {label: row for label, row in scales.items() if len(row.latents["std"]) > 1}
+        write("latents.png", 7, 4, lambda axes: draw_latents(axes, scales))
+    compared = have("truth", "iid", "ar2", "checkpoint")
     if len(compared) > 1:
-        figure(out / "jitter.png", 7, 4, lambda axes: draw_spectrum(axes, compared, held.fps))
-        made.append("jitter.png")
-    strips = {
-        by_name[n][0]: np.load(out / "rows" / f"{n}.npy")[0, 0]
-        for n in ("truth", *SYSTEMS, "iid", "ar2", "checkpoint")
-        if n in by_name
-    }
+        write("jitter.png", 7, 4, lambda axes: draw_spectrum(axes, compared, held.fps))
+    strips = have("truth", *SYSTEMS, "iid", "ar2", "checkpoint")
+    strips = {label: np.load(out / "rows" / f"{row.name}.npy")[0, 0] for label, row in strips.items()}
     if strips:
         mouth = mouth_opening(points(held.x[0]))
         middle = int(np.argmax(mouth[4:-4])) + 4  # around the widest mouth, two frames apart
         frames = [t for t in range(middle - 8, middle + 9, 2) if 0 <= t < held.T]
-        figure(
-            out / "strips.png",
-            10,
-            0.95 * len(strips) + 0.4,
-            lambda axes: draw_strips(axes, strips, frames, held.fps),
-            rows=len(strips),
-        )
-        made.append("strips.png")
+        height = 0.95 * len(strips) + 0.4
+        write("strips.png", 10, height, lambda axes: draw_strips(axes, strips, frames, held.fps), len(strips))
     return made

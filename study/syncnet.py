@@ -1,9 +1,8 @@
-"""Landmark SyncNet [2], "modified" in [1] without saying how. Ours: five frames of the 20 lip points (minus their
-centroid, over the clip's interocular distance: the opening stays) against 0.2 s of log-mel at 100 columns a second;
-two perceptrons to 64 numbers on the unit sphere; Euclidean distance d, loss d^2 for pairs and max(0, 1 - d)^2 for
-non-pairs. That margin puts truth near 0.2 and strangers near 1.2, the scale of the paper's table. It learns real
-pairs of the training split only.
-"""
+"""Landmark SyncNet [2], "modified" in [1] without saying how. Ours: five frames of the 20 lip points (minus
+their centroid, over the clip's interocular distance: the opening stays) against 0.2 s of log-mel at 100
+columns a second; two perceptrons to 64 numbers on the unit sphere; Euclidean distance d, loss d^2 for pairs
+and max(0, 1 - d)^2 for non-pairs. That margin puts truth near 0.2 and strangers near 1.2, the scale of the
+paper's table. It learns real pairs of the training split only."""
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from study.metrics import auc, mean_interocular
 
 
 class SyncNet(nn.Module):
-    """Two towers that put lips and sound on one sphere, near each other where they belong together (see above)."""
+    """Two towers that put lips and sound on one sphere, near each other where they belong together (see
+    above)."""
 
     FRAMES, COLUMNS, BANDS = 5, 20, 40  # five frames, four columns each
 
@@ -49,8 +49,8 @@ class SyncNet(nn.Module):
         )
 
     def fit(self, lips, mel, steps, seed=0, batch=128):
-        """lips (N, T, 40), mel (N, 4T, 40) of real pairs. Non-pairs, as many as pairs: the same clip 5 to 50 frames
-        off, or another."""
+        """lips (N, T, 40), mel (N, 4T, 40) of real pairs. Non-pairs, as many as pairs: the same clip 5 to 50
+        frames off, or another."""
         generator = torch.Generator().manual_seed(seed)
         self.lip_scale[:], self.mel_scale[:] = (
             torch.stack([v.mean((0, 1)), v.std((0, 1)) + 1e-6]) for v in (lips, mel)
@@ -92,8 +92,8 @@ class SyncNet(nn.Module):
         return (v[:, max(0, -shift) :][:, :n] - a[:, max(0, shift) :][:, :n]).norm(dim=-1)
 
     def check(self, lips, mel):
-        """AUC of held-out real pairs against another clip's sound: by clip (what the score is) and by five-frame
-        window."""
+        """AUC of held-out real pairs against another clip's sound: by clip (what the score is) and by
+        five-frame window."""
         near, wrong = self.distances(lips, mel).numpy(), self.distances(lips, mel.roll(1, 0)).numpy()
         return {
             "auc": auc(near.mean(1), wrong.mean(1)),
@@ -113,8 +113,8 @@ def sync_score(net, track, mel):
 
 
 def sync_offset(net, track, mel, reach=15):
-    """(offset, confidence): argmin and median - min, over -15 to 15, of the mean distance of lips at t to sound at
-    t + offset, as in [2]. Lips two frames late have -2, the truth must have 0."""
+    """(offset, confidence): argmin and median - min, over -15 to 15, of the mean distance of lips at t to
+    sound at t + offset, as in [2]. Lips two frames late have -2, the truth must have 0."""
     reach = min(reach, track.shape[1] - 6)
     lips = lip_shapes(track)
     curve = [float(net.distances(lips, mel, shift).mean()) for shift in range(-reach, reach + 1)]

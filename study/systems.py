@@ -1,8 +1,7 @@
-"""The four compared systems, from their papers and released code, in our words and on our features. What differs from a
-release is said in DEVIATIONS, which is printed under the table. A system is made from training clips x (N, T, D), c
-(N, T, M); of a batch, with `fine` as Held.fine gives it, loss(x, c, fine) is a scalar, draw(x, c, fine, draws,
-generator) a track (K, N, T, D): one for a regressor.
-"""
+"""The four compared systems, from their papers and released code, in our words and on our features. What
+differs from a release is said in DEVIATIONS, which is printed under the table. A system is made from training
+clips x (N, T, D), c (N, T, M); of a batch, with `fine` as Held.fine gives it, loss(x, c, fine) is a scalar,
+draw(x, c, fine, draws, generator) a track (K, N, T, D): one for a regressor."""
 
 import itertools
 import math
@@ -15,36 +14,65 @@ from media.console import UserError
 from media.landmarks import points
 from study.syncnet import SyncNet
 
-SHRINK = 8  # the releases' widths over this on a CPU, their LSTMs' over 2, Lu's head's over 4; 1 with --release-sizes
+# On a CPU: the releases' widths over this, their LSTMs' over 2, Lu's head's over 4; 1 with --release-sizes
+SHRINK = 8
 DEVIATIONS = {
     name: " ".join(text.split())
     for name, text in {
-        "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the same
-        look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8 validations, as many
-        steps as the flows (8 windows each, Chen and Ji 16 times 16 frames as released) instead of days at the release's
-        rate with batches of 128 (Eskimez) and 32 (Lu); Adam's usual betas; gradients clipped at 1; Keras', He's or
-        Glorot's start; widths are the release's over {size} (where that is not 1: LSTMs over 2, Lu's head over 4).
-        Test-time edits of the releases (mouth amplification, smoothing) are left out""",
-        "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no identity
-        removal; no delayed target; what each layer reads is standardised, and the last one starts at the mean face""",
-        "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components in place of
-        6, because these faces keep their head motion, which takes the first ones; the example is the window's own first
-        true frame, so this row is told the person's face""",
-        "ji": """68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion branch learns
-        with the rest and its code is whatever lowers the loss; without labels and aligned sentence pairs there is no
-        classifier and no cross-reconstruction to pre-train on; the example is the mean face, as released""",
-        "lu": """two mel columns in place of the frozen APC features and their projection; lips and chin in the plane of the
-        mean face in place of 25 points in 3-D; the head is the plane's affine map (6 numbers and 6 velocities) in place
-        of 3-D pose, its least sigma of 0.03 in standard deviations of that pose; windows of the flows' length in place
-        of 240 frames; sampled with sigma times 0.3, as released, without the smoothing that follows there""",
+        "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the
+        same look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8
+        validations, as many steps as the flows (8 windows each, Chen and Ji 16 times 16 frames as released)
+        instead of days at the release's rate with batches of 128 (Eskimez) and 32 (Lu); Adam's usual betas;
+        gradients clipped at 1; Keras', He's or Glorot's start; widths are the release's over {size} (where
+        that is not 1: LSTMs over 2, Lu's head over 4). Test-time edits of the releases (mouth amplification,
+        smoothing) are left out""",
+        "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no
+        identity removal; no delayed target; what each layer reads is standardised, and the last one starts at
+        the mean face""",
+        "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components
+        in place of 6, because these faces keep their head motion, which takes the first ones; the example is
+        the window's own first true frame, so this row is told the person's face""",
+        "ji": """68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion
+        branch learns with the rest and its code is whatever lowers the loss; without labels and aligned
+        sentence pairs there is no classifier and no cross-reconstruction to pre-train on; the example is the
+        mean face, as released""",
+        "lu": """two mel columns in place of the frozen APC features and their projection; lips and chin in
+        the plane of the mean face in place of 25 points in 3-D; the head is the plane's affine map (6 numbers
+        and 6 velocities) in place of 3-D pose, its least sigma of 0.03 in standard deviations of that pose;
+        windows of the flows' length in place of 240 frames; sampled with sigma times 0.3, as released,
+        without the smoothing that follows there""",
     }.items()
 }
 
+PAPER = """ Quoted from the paper, other data (Table 1: Obama addresses; Table 2: GRID): not to be compared
+digit by digit with ours
+
+| row | MOS | SyncNet | L_MOR | GRID SyncNet | GRID L_MOR |
+|---|---|---|---|---|---|
+| Eskimez et al. | 3.3184 | .8752 ± .3388 | .0852 | .5879 ± .2185 | .0774 |
+| Chen et al. | 3.2275 | 1.1430 ± .5814 | .1798 | .5361 ± .2429 | .0747 |
+| Ji et al. | 2.8377 | 1.3112 ± .4850 | .0891 | 1.1486 ± .1962 | .1847 |
+| Lu et al. | 3.4572 | .6308 ± .2314 | .0857 | .9761 ± .2404 | .1548 |
+| Baseline | | 1.0183 ± .2793 | .1021 | | |
+| + ConditionTCN | | .3940 ± .2754 | .0916 | | |
+| full | 3.5921 | .2978 ± .1586 | .0441 | .3591 ± .1302 | .0918 |
+| ground truth | 3.9605 | .1785 ± .1046 | 0 | .1876 ± .1212 | 0 |
+
+Doubts. The row labels of Table 1 are lost in the text we have and are put back by order. L_MOR of Chen and Ji
+may be swapped: the text has Ji's mouths all open, and Table 2 gives Ji the large value. Not given: frame
+rate, number of points, mel settings, depth and width, split, what 0..1 is relative to, how many samples stand
+behind a score of a random model, whether ± is over clips or frames, how many raters. One random draw is
+scored against one recording, which costs a perfect sampler sqrt(2); a constant mean mouth already has .055 to
+.110 on tracks of this kind. Eskimez and Chen were trained on GRID, the full model on Obama. That the Baseline
+does better than Chen and Ji holds for SyncNet, not for L_MOR: .1021 against Ji's .0891. A lead of 3.5921 over
+3.4572 in MOS needs about 861 ratings a system to be told from chance, if ratings have a standard deviation of
+1."""
+
 
 class SigmoidLSTM(nn.Module):
-    """Keras' LSTM(activation="sigmoid", dropout=.2, recurrent_dropout=.2) with Keras' start, as [3] stacks it:
-    x (B, T, C) -> (B, T, H) in 0..1. What it reads is standardised once (`begin`), or outputs near 0.3 that differ by
-    0.01 would send gradients of 1e-10 down four such layers, below Adam's epsilon."""
+    """Keras' LSTM(activation="sigmoid", dropout=.2, recurrent_dropout=.2) with Keras' start, as [3] stacks
+    it: x (B, T, C) -> (B, T, H) in 0..1. What it reads is standardised once (`begin`), or outputs near 0.3
+    that differ by 0.01 would send gradients of 1e-10 down four such layers, below Adam's epsilon."""
 
     def __init__(self, inputs, H, dropout=0.2):
         super().__init__()
@@ -85,8 +113,8 @@ class SigmoidLSTM(nn.Module):
 
 
 class Eskimez(nn.Module):
-    """[3]: deltas of log-mel and three past frames -> four sigmoid LSTMs, the last of which is the face; mean squared
-    error."""
+    """[3]: deltas of log-mel and three past frames -> four sigmoid LSTMs, the last of which is the face; mean
+    squared error."""
 
     T, count = None, 8  # frames and windows a step
 
@@ -111,7 +139,8 @@ class Eskimez(nn.Module):
         self.train()
 
     def hear(self, c):
-        """First and second differences of log-mel c (B, T, M), of this frame and three past ones -> (B, T, 8 M)."""
+        """First and second differences of log-mel c (B, T, M), of this frame and three past ones -> (B, T, 8
+        M)."""
 
         def past(v, i):
             return torch.cat([v[:, :1].expand(-1, i, -1), v[:, : v.shape[1] - i]], 1)
@@ -150,8 +179,8 @@ class PCA(nn.Module):
 
 
 def convolutions(*layers):
-    """("pool", size, stride) or (in, out) of a 3x3 convolution with batch norm and ReLU; channels last: a fifth
-    faster."""
+    """("pool", size, stride) or (in, out) of a 3x3 convolution with batch norm and ReLU; channels last: a
+    fifth faster."""
     parts = []
     for layer in layers:
         if layer[0] == "pool":
@@ -162,7 +191,8 @@ def convolutions(*layers):
 
 
 def perceptron(*sizes):
-    """Linear layers of these sizes, each followed by a ReLU; He's start: PyTorch's own loses most of the signal."""
+    """Linear layers of these sizes, each followed by a ReLU; He's start: PyTorch's own loses most of the
+    signal."""
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -171,7 +201,8 @@ def perceptron(*sizes):
 
 
 def three_lstms(inputs, H):
-    """Three LSTMs, as [4] to [6] stack them, with Glorot's start: through PyTorch's own 1 % of a movement gets out."""
+    """Three LSTMs, as [4] to [6] stack them, with Glorot's start: through PyTorch's own 1 % of a movement
+    gets out."""
     net = nn.LSTM(inputs, H, 3, batch_first=True)
     for name, weight in net.named_parameters():
         for gate in weight.data.chunk(4) if weight.dim() == 2 else ():
@@ -180,8 +211,8 @@ def three_lstms(inputs, H):
 
 
 class Chen(nn.Module):
-    """[4] ATNet: MFCC patches (28, 12) -> convolutions -> 256; an example face's PCA code -> 512; three LSTMs -> PCA
-    codes."""
+    """[4] ATNet: MFCC patches (28, 12) -> convolutions -> 256; an example face's PCA code -> 512; three LSTMs
+    -> PCA codes."""
 
     T, count, EMOTION = 17, 16, 0  # the frame before the clip and 16 frames; numbers of an emotion code
 
@@ -208,7 +239,8 @@ class Chen(nn.Module):
         self.out = nn.Linear(H, components)
 
     def patches(self, fine):
-        """(B, 4 (T + 6 + lead), 40) -> MFCC of the 28 columns up to the end of frame t + lead: (B T, 1, 28, 12)."""
+        """(B, 4 (T + 6 + lead), 40) -> MFCC of the 28 columns up to the end of frame t + lead: (B T, 1, 28,
+        12)."""
         mfcc = (fine[:, 4 * self.lead :] @ self.dct.T).unfold(1, 28, 4).transpose(2, 3)
         return mfcc.flatten(0, 1)[:, None]
 
@@ -229,8 +261,9 @@ class Chen(nn.Module):
 
 
 class Ji(Chen):
-    """[5] EVP's audio-to-landmark network: ATNet's sound encoder beside an emotion encoder of the same patches (12, 28)
-    -> 128; it predicts the difference from the mean face, and its loss counts landmarks ten times beside the codes."""
+    """[5] EVP's audio-to-landmark network: ATNet's sound encoder beside an emotion encoder of the same
+    patches (12, 28) -> 128; it predicts the difference from the mean face, and its loss counts landmarks ten
+    times beside the codes."""
 
     EMOTION = 128
 
@@ -265,8 +298,8 @@ class Ji(Chen):
 
 
 class Lu(nn.Module):
-    """[6] Live Speech Portraits: an LSTM moves the mouth; a WaveNet that sees its own past draws the head's motion, a
-    Gaussian with diagonal covariance over 6 pose numbers and their velocities, given the sound."""
+    """[6] Live Speech Portraits: an LSTM moves the mouth; a WaveNet that sees its own past draws the head's
+    motion, a Gaussian with diagonal covariance over 6 pose numbers and their velocities, given the sound."""
 
     T, count, MOUTH, STILL = None, 8, [*range(4, 13), *range(48, 68)], slice(17, 48)
 
@@ -324,8 +357,8 @@ class Lu(nn.Module):
         return self.up(self.lstm(h)[0].flatten(0, 1)).unflatten(0, s.shape[:2])
 
     def head(self, past, cond, memory):
-        """past (B, n, 12): the frame before each; cond (B, n, 28 C). Mean and log sigma (B, n, 12); memory: each
-        layer's inputs."""
+        """past (B, n, 12): the frame before each; cond (B, n, 28 C). Mean and log sigma (B, n, 12); memory:
+        each layer's inputs."""
         h, skips = self.start(F.dropout1d(past.transpose(1, 2), 0.5, self.training)), 0
         layers = zip(self.dilated, self.residual, self.skip, cond.transpose(1, 2).chunk(14, 1), strict=True)
         for dilated, residual, skip, sound in layers:
@@ -382,7 +415,8 @@ def columns_for(net, held, windows, T):
 
 
 def fit(net, held, steps, seed):
-    """Adam on random training windows, cosine from 1e-3; the weights that did best of 8 validations are kept."""
+    """Adam on random training windows, cosine from 1e-3; the weights that did best of 8 validations are
+    kept."""
     clips, T = held.clips, net.T or held.T
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
