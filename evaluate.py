@@ -284,14 +284,13 @@ def exact_row(held, job):
 
 def freeze_couplings(trainer):
     """Leave every coupling the identity that it starts as. What learns is ActNorm, the 1x1 matrices and the
-    prior: a linear model of x, so that the full flow's lead over it is what the couplings, and their
-    networks, are worth."""
+    prior: a linear model of x, so the full flow's lead over it is what couplings, and their networks, are
+    worth."""
     for coupling in (step.coupling for scale in trainer.flow.scales for step in scale):
         coupling.requires_grad_(False)
-        out = coupling.net.out.out_features
-        coupling.net.forward = lambda x, c, out=out: x.new_zeros(
-            *x.shape[:2], out
-        )  # their last layer's zeros
+        width = coupling.net.out.out_features
+        # the zeros that its last layer starts with, without the work of the layers before
+        coupling.net.forward = lambda x, *_, width=width: x.new_zeros(*x.shape[:2], width)
 
 
 def learn_lambdas(trainer):

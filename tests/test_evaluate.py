@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -194,6 +196,37 @@ def test_three_closings_of_the_eyes_in_three_seconds_are_sixty_blinks_a_minute()
     assert np.allclose(blink_rate(moved(p.reshape(1, 75, 136), 3, 0.5), FPS), 60)
 
 
+def test_lips_that_move_in_silence_have_their_speed_and_opening_there_and_none_elsewhere():
+    x = np.repeat(faces(N=2, T=1), 30, 1)
+    quiet = np.zeros((2, 30), bool)
+    quiet[:, 10:20] = True
+    assert np.array_equal(metrics.quiet_frames(np.where(quiet, -9.0, -1.0)[..., None], 1 / 3), quiet)
+    moving, eye = x.copy(), mean_interocular(x)[:, None]
+    sway = 0.01 * eye * np.cumsum(quiet, 1) * (-1.0) ** np.arange(30)  # the head's: not the lips' speed
+    moving += sway[..., None]
+    moving[..., 96::4] += np.where(quiet, 0.02 * eye * (np.arange(30) % 2), 0)[..., None]  # every second lip
+    change = metrics.lip_change(moving, x)
+    within = metrics.average_over(quiet[:, 11:], change[:, 11:]).sum(0)
+    assert abs(metrics.root_ratio(within) - 0.02 / 2 / math.sqrt(2)) < 1e-6 and within[1] == 18
+    assert change[:, 21:].max() < 1e-12
+    opening = mouth_opening(landmarks.points(moving))
+    mean = metrics.ratio(metrics.average_over(quiet, opening).sum(0))
+    assert abs(mean - opening[:, 10:20].mean()) < 1e-12
+
+
+def test_the_wrong_sound_is_that_of_another_clip_where_there_is_one():
+    names = ["a", "a", "a", "b", "c", "c"]
+    other = metrics.another_clip(names)
+    assert all(names[i] != name for i, name in zip(other, names, strict=True))
+    assert metrics.another_clip(["a", "a"]) in ([1, 0], [-1, 0])
+    assert metrics.audio_gain(np.array([-2.0]), np.array([-1.5]), 136) == 68.0
+
+
+def test_on_synthetic_talkers_mouths_are_compared_with_what_can_be_heard(held):
+    mean = SyntheticFace().mean_given_sound(held.articulation())
+    assert np.array_equal(held.heard, mean) and held.heard.shape == held.x.shape
+
+
 def test_the_power_spectrum_of_a_wave_peaks_at_its_frequency():
     assert power_spectrum(np.sin(2 * np.pi * 10 * np.arange(100) / 100)[None, :, None] + 5).argmax() == 10
 
@@ -214,8 +247,17 @@ def test_the_bootstrap_interval_of_a_gaussian_mean_is_that_of_the_textbook_and_t
     assert np.allclose([*twice.values()], [*s.values()])  # no news
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # SyncNet
+
+
+def small_models(folder, copy, **more):
+    """A copy of a training folder that asks for short windows and narrow networks."""
+    shutil.copytree(folder, copy)
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["defaults"] |= {"hidden": 8, "seq_len": 24} | more
+    (copy / "meta.json").write_text(json.dumps(meta))
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +299,7 @@ def test_the_fine_mel_of_a_window_is_that_of_its_own_samples(held):
     assert len(fine) == 4 * 28 and np.array_equal(fine, whole[4 * 4 : 4 * 32])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows
 
 
@@ -326,6 +368,32 @@ def test_anchor_rows_are_what_they_say(held):
     assert loud > 0.5 and near > 0.4
 
 
+def test_the_truth_is_the_recording_and_only_likelihoods_have_its_noise(noisy):
+    recorded = np.stack([noisy.clips.landmarks[c["start"] + s :][: noisy.T] for c, s in noisy.windows])
+    assert np.array_equal(noisy.x, recorded)
+    added = (noisy.noisy.numpy() - recorded).std() / noisy.clips.meta["interocular"]
+    assert abs(added - noisy.noise) < 2e-5
+    row = evaluate.score("truth", evaluate.shifted(0)(noisy, None)[0], noisy, None)
+    for column, value in (("l_mor", 0), ("lips_velocity", 0), ("jitter_head", 1), ("jitter_mouth", 1)):
+        assert abs(row.columns[column]["mean"] - value) < 1e-6, column
+
+
+def test_without_couplings_the_flow_is_linear_and_its_checkpoint_an_ordinary_one(noisy, tmp_path):
+    config = talkingflow.dataclasses.replace(noisy.config, steps=4)
+    trainer = talkingflow.Trainer(config, noisy.clips, tmp_path, "cpu")
+    before = {name: p.detach().clone() for name, p in trainer.flow.named_parameters()}
+    evaluate.freeze_couplings(trainer)
+    trainer.run()
+    moved = {name for name, p in trainer.flow.named_parameters() if not torch.equal(p, before[name])}
+    frozen = {name for name in before if ".coupling." in name}
+    assert frozen and not moved & frozen and {"prior.partial", "scales.0.0.conv.upper"} <= moved
+    flow, x, c = talkingflow.TalkingFlow(config).eval(), noisy.noisy[:3], noisy.sound(2)[:3]
+    flow.load_state_dict(trainer.flow.state_dict())
+    assert torch.equal(flow.nll(x, c), trainer.flow.eval().nll(x, c))
+    z = torch.cat(flow(torch.cat([x, x[:1] + x[1:2] - x[2:]]), c[[0, 1, 2, 0]])[0], 2)
+    assert (z[0] + z[1] - z[2] - z[3]).abs().max() < 1e-3 < z.abs().max()
+
+
 def test_learned_lambdas_move_and_stay_one_number_a_scale(held, tmp_path):
     config = talkingflow.dataclasses.replace(held.config, steps=4, hidden=8)
     trainer = talkingflow.Trainer(config, held.clips, tmp_path, "cpu")
@@ -384,7 +452,7 @@ def test_lu_takes_a_face_apart_and_puts_it_together_and_samples_as_it_trains(hel
     assert (torch.cat(one_by_one, 1) - at_once).abs().max() < 1e-5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The commands
 
 
@@ -401,21 +469,20 @@ def without_seconds(text):
 def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_again(
     talkers, tmp_path, capsys
 ):
-    brief = ["--data", talkers, "--steps", 2, "--sync-steps", 200, "--clips", 4, "--jobs", 1]
+    data = small_models(talkers, tmp_path / "data")
+    brief = ["--data", data, "--steps", 2, "--sync-steps", 200, "--clips", 4, "--jobs", 1]
     first, log = tables(capsys, *brief, "--out", tmp_path / "a")
     assert len(re.findall(r"step +2/2: val loss", log)) == len(SYSTEMS)  # as many steps as a flow
     assert len(re.findall(r"step +2/2: train nll", log)) == len(evaluate.FLOWS)
     for name, (_, label, _) in evaluate.ROWS.items():
         assert f"| {label} |" in first or name == "checkpoint", name
-    assert {p.name for p in (tmp_path / "a").glob("*.png")} == {
-        "fan.png",
-        "latents.png",
-        "jitter.png",
-        "strips.png",
-    }
+    pictures = {p.name for p in (tmp_path / "a").glob("*.png")}
+    assert pictures == {"fan.png", "latents.png", "jitter.png", "strips.png"}
     again, log = tables(capsys, *brief, "--out", tmp_path / "a")
     assert again == first and log.count(": from ") == len(evaluate.ROWS) - 1
-    some = ["--rows", "truth,var2,lu,ar2,no-audio,learned-lambda,checkpoint"]
+    command, written = (tmp_path / "a/results.md").read_text().split("\n\n", 1)
+    assert written == first and command.strip().startswith("python evaluate.py --data ")
+    some = ["--rows", "truth,var2,lu,no-couplings,ar2,no-audio,learned-lambda,checkpoint"]
     some += ["--checkpoint", tmp_path / "a/rows/ar2/checkpoint.pt"]
     a, _ = tables(capsys, *brief, *some, "--out", tmp_path / "a")
     b, _ = tables(capsys, *brief, *some, "--out", tmp_path / "b")
@@ -430,13 +497,68 @@ def test_every_row_runs_on_real_clips(grid, tmp_path, capsys):
     source.mkdir()
     for file in sorted((grid / "s1").glob("*.npz"))[:30]:
         shutil.copy(file, source)
-    assert prepare_data.main([str(source), "--out", str(tmp_path / "data"), "--jobs", "1"]) in (0, None)
+    assert prepare_data.main([str(source), "--out", str(tmp_path / "all"), "--jobs", "1"]) in (0, None)
     capsys.readouterr()
+    data = small_models(tmp_path / "all", tmp_path / "data")
     brief = ["--steps", 2, "--sync-steps", 60, "--clips", 3, "--jobs", 1]
-    text, _ = tables(capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", *brief)
+    text, _ = tables(capsys, "--data", data, "--out", tmp_path / "out", *brief)
     labels = [label for name, (_, label, _) in evaluate.ROWS.items() if name not in ("exact", "checkpoint")]
     assert all(f"| {label} |" in text for label in labels) and "exact sampler" not in text
     assert "look-ahead 2 frames" in text and "nan" not in text
+
+
+@pytest.fixture(scope="module")
+def noisy(talkers, tmp_path_factory):
+    """Held-out windows of talkers whose models learn with dequantisation noise, as those of recordings do."""
+    folder = small_models(talkers, tmp_path_factory.mktemp("noisy") / "data", noise=0.0022, lead=2)
+    return evaluate.Held(Clips(folder))
+
+
+def test_the_figures_that_training_ends_with_are_the_columns_of_the_checkpoint_row(noisy, tmp_path):
+    config = talkingflow.dataclasses.replace(noisy.config, steps=3)
+    talkingflow.Trainer(config, noisy.clips, tmp_path, "cpu").run()
+    flow, _ = talkingflow.load_checkpoint(tmp_path / "checkpoint.pt")
+    figures = metrics.measure(flow, noisy.clips)
+    job = evaluate.Job(str(noisy.clips.folder), tmp_path, checkpoint=str(tmp_path / "checkpoint.pt"))
+    held = job.held()
+    row = evaluate.score("checkpoint", evaluate.checkpoint_row(held, job)[0], held, None)
+    assert figures["clips"] == len(held.x) and held.noise > 0
+    for figure, column in (
+        ("nll", "nll"),
+        ("audio_gain", "gain"),
+        ("mouth_correlation", "mouth_r"),
+        ("l_mor", "l_mor"),
+        ("head_jitter", "jitter_head"),
+        ("mouth_jitter", "jitter_mouth"),
+        ("velocity_autocorrelation", "velocity"),
+    ):
+        assert abs(figures[figure] - row.columns[column]["mean"]) < 1e-6, figure
+    for figure, column in (("mouth_correlation", "mouth_r"), ("l_mor", "l_mor")):
+        assert abs(figures[f"{figure}_temperature0"] - row.central[column]["mean"]) < 1e-6, figure
+
+
+def test_every_file_that_can_change_a_row_is_in_the_cache_key(tmp_path):
+    root = evaluate.Path(evaluate.__file__).parent
+    for room in ("media", "study", "csrc", "tests"):
+        shutil.copytree(root / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in root.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    digest = evaluate.code_digest.__wrapped__
+    assert digest(tmp_path) == digest(root)
+    code = "import json, sys, evaluate; "
+    code += "print(json.dumps([getattr(module, '__file__', 0) for module in sys.modules.values()]))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).stdout)
+    loaded = {evaluate.Path(file).relative_to(root) for file in loaded if file and str(root) in file}
+    kernels = {f.relative_to(root) for f in (root / "csrc").glob("*.c*")}
+    free = {evaluate.Path("prepare_data.py")}  # it makes the clips, which have a digest of their own
+    assert len(loaded) > 12 and kernels
+    for name in loaded | kernels | {evaluate.Path("csrc/gated_conv.h")}:
+        file, before = tmp_path / name, digest(tmp_path)
+        file.write_text(file.read_text() + "\n")
+        assert (digest(tmp_path) == before) == (name in free), name
+    before = digest(tmp_path)
+    (tmp_path / "tests/test_flow.py").write_text("")
+    assert digest(tmp_path) == before
 
 
 def test_wrong_rows_and_missing_folders_are_one_line(tmp_path, talkers, capsys):
@@ -456,7 +578,7 @@ def test_wrong_rows_and_missing_folders_are_one_line(tmp_path, talkers, capsys):
         assert error.startswith("error: ") and word in error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ratings
 
 
