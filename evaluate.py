@@ -115,10 +115,8 @@ class Held:
 
     def training(self, limit):
         """x (n, T, D) and c (n, T, M) of up to `limit` training windows, with noise, and the windows."""
-        windows, generator = (
-            self.clips.windows("train", self.T, limit),
-            torch.Generator().manual_seed(self.seed + 1),
-        )
+        windows = self.clips.windows("train", self.T, limit)
+        generator = torch.Generator().manual_seed(self.seed + 1)
         return *self.clips.batch(windows, self.T, self.lead, self.noise, generator), windows
 
     def articulation(self):
@@ -135,9 +133,9 @@ class Job:
     """What was asked for, as every process is told."""
 
     data: str
-    out: Path
     clips: int = 64
     seed: int = 0
+    out: Path = None
     draws: int = 20
     steps: int = 400
     sync_steps: int = 1500
@@ -688,7 +686,7 @@ def tables(args):
     names = chosen(args.rows, [name for name in ROWS if not absent.get(name)])
     options = {key: getattr(args, key) for key in ("clips", "seed", "draws", "steps", "sync_steps")}
     size = 1 if args.release_sizes else SHRINK
-    job = Job(str(folder), out, **options, size=size, checkpoint=checkpoint and str(checkpoint))
+    job = Job(str(folder), out=out, **options, size=size, checkpoint=checkpoint and str(checkpoint))
     held = job.held()
     print(f"SyncNet, then {len(names)} rows, {args.jobs} at a time, into {out}", file=sys.stderr)
     facts = facts_of(held, job, train_syncnet(held, out, job.sync_steps)[1])
@@ -729,7 +727,8 @@ def build_parser():
     wide = "compared systems as wide as their releases; needs a GPU"
     add("--release-sizes", action="store_true", help=wide)
     parser.set_defaults(run=tables)
-    rating.add_commands(parser, Held, {name: row[1] for name, row in ROWS.items()})
+    labels = {name: label for name, (_, label, _) in ROWS.items()}
+    rating.add_commands(parser, lambda *facts: Job(*facts).held(), labels)
     return parser
 
 

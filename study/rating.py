@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-import talkingflow
 from media import console
 from media.console import UserError
 from media.landmarks import CURVES, points
@@ -27,8 +26,8 @@ def rating_page(args, open_windows, labels):
     and clip.
 
     The page shows ids only. Every rater gets practice, all stimuli in an order of their own, two attention
-    checks, one repeat. open_windows(clips, windows, seed) gives the evaluated windows again, labels {row:
-    what the key calls it}."""
+    checks, one repeat. open_windows(folder, count, seed) gives the evaluated windows again, labels {row: what
+    the key calls it}."""
     folder = Path(args.results) if args.results else newest_evaluation()
     held, have = evaluated(folder, open_windows)
     names = [name for name in args.rows.split(",") if name in have]
@@ -70,7 +69,7 @@ def evaluated(folder, open_windows):
         )
     results = json.loads(path.read_text())
     facts = results["facts"]
-    held = open_windows(talkingflow.Clips(facts["folder"]), facts["windows"], facts["seed"])
+    held = open_windows(facts["folder"], facts["windows"], facts["seed"])
     if held.clips.meta["fingerprint"] != facts["fingerprint"]:
         raise UserError(f"{facts['folder']}: other clips vs those evaluated in {folder}. Evaluate again")
     names = {row["name"] for row in results["rows"].values()}

@@ -284,7 +284,7 @@ def test_syncnet_tells_pairs_from_strangers_and_finds_the_offset_of_late_lips(he
 
 
 def test_a_syncnet_below_nine_tenths_refuses_to_score(held, tmp_path, monkeypatch):
-    job = evaluate.Job(str(held.clips.folder), tmp_path, clips=4, sync_steps=1)
+    job = evaluate.Job(str(held.clips.folder), out=tmp_path, clips=4, sync_steps=1)
     monkeypatch.setattr(SyncNet, "check", lambda *_: {"auc": 0.89, "auc_window": 0.7})
     (row,) = evaluate.run_row("late-3", job)
     assert row.label == "ground truth, 3 frames late" and "l_mor" in row.columns
@@ -522,7 +522,7 @@ def test_the_figures_that_training_ends_with_are_the_columns_of_the_checkpoint_r
     talkingflow.Trainer(config, noisy.clips, tmp_path, "cpu").run()
     flow, _ = talkingflow.load_checkpoint(tmp_path / "checkpoint.pt")
     figures = metrics.measure(flow, noisy.clips)
-    job = evaluate.Job(str(noisy.clips.folder), tmp_path, checkpoint=str(tmp_path / "checkpoint.pt"))
+    job = evaluate.Job(str(noisy.clips.folder), checkpoint=str(tmp_path / "checkpoint.pt"))
     held = job.held()
     row = evaluate.score("checkpoint", evaluate.checkpoint_row(held, job)[0], held, None)
     assert figures["clips"] == len(held.x) and held.noise > 0
