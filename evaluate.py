@@ -80,7 +80,9 @@ class Held:
                 f"{clips.folder}: {len(self.windows)} held-out windows of {self.T} frames vs at least 2. "
                 "Prepare more clips"
             )
-        self.hear = Mel(SyncNet.BANDS, window=0.025, level=0, fps=4 * self.fps, sample_rate=clips.meta["sample_rate"])
+        self.hear = Mel(
+            SyncNet.BANDS, window=0.025, level=0, fps=4 * self.fps, sample_rate=clips.meta["sample_rate"]
+        )
         self.columns = {}
         generator = torch.Generator().manual_seed(seed)
         self.noisy, sound = clips.batch(self.windows, self.T, 0, self.noise, generator)
