@@ -10,9 +10,10 @@ Markdown goes to stdout and to results.md in --out, progress to stderr; results.
 file a row go to --out too: a stopped run goes on. Reading order: held-out clips, anchors, flows, compared
 systems, scoring, tables.
 
-One rule for "truth": the held-out recording itself. Likelihoods are of it plus the dequantisation noise the
-models are trained on, drawn once, by --seed (none on the synthetic talkers). The figures that a training run
-ends with (measure in study/metrics.py) are the same columns, by the same functions, of the same windows.
+One rule for "truth": the held-out recording itself. Likelihood and coverage, which ask about the density, are
+of it plus the dequantisation noise that models are trained on, drawn once, by --seed (none on the synthetic
+talkers). The figures that a training run ends with (measure in study/metrics.py) are the same columns, by the
+same functions, of the same windows.
 
 A row is one or more tracks (K, N, T, D) for N held-out windows. "1" is the first of them, "mean" the track
 that averages the draws frame by frame, "T=0" the flow's central track. These are not the same thing: a
@@ -62,7 +63,7 @@ from talkingflow import Config
 class Held:
     """The windows that every row is scored on, and what a row may learn from: the training split of `clips`.
 
-    x (N, T, D): the recording, which is the truth. noisy: x plus the training noise, for likelihoods. heard:
+    x (N, T, D): the recording, which is the truth. noisy: x plus the training noise, for densities. heard:
     the track that mouths are correlated with. sound(lead): log-mel (N, T, M), the same look-ahead for every
     row. fine: log-mel at four columns a frame, computed here from the samples, for the SyncNet and the
     systems that want MFCC."""
@@ -538,7 +539,8 @@ def ensemble_columns(draws, held, many):
     columns = {"energy": held.summary(metrics.energy_score(draws, x) / io / 68**0.5)}
     if not many:
         return columns
-    mouths, mouth, lips = mouth_opening(points(draws)), mouth_opening(points(x)), flat(lip_points(draws))
+    mouths, mouth = mouth_opening(points(draws)), mouth_opening(points(held.noisy.numpy()))
+    lips = flat(lip_points(draws))
     best = metrics.best_of(np.stack([metrics.landmark_distance(v, x, lip_points) for v in draws]))
     return columns | {
         "coverage50": held.summary(metrics.coverage(mouths, mouth, 0.5)),

@@ -1,9 +1,9 @@
 """Metrics. Tracks are (..., T, D) or (..., T, 68, 2), D = 136: x0 y0 x1 y1 ... of the 68 iBUG points. A
 metric of clips returns one number a clip, (N,), so that `summary` can say how sure its mean is.
 
-One rule for "truth", here and in evaluate.py: the recording itself. Only a likelihood is that of the
-recording plus the dequantisation noise that models are trained on, since a density of exact pixels grows
-without bound. So the noise that a sample carries counts against it."""
+One rule for "truth", here and in evaluate.py: the recording itself. Only what asks about the density,
+likelihood and coverage, is of the recording plus the dequantisation noise that models are trained on: a
+density of exact pixels would grow without bound. Everywhere else the noise of a sample counts against it."""
 
 import math
 

@@ -44,8 +44,9 @@ DEVIATIONS = {
     }.items()
 }
 
-PAPER = """ Quoted from the paper, other data (Table 1: Obama addresses; Table 2: GRID): not to be compared
-digit by digit with ours
+PAPER = """
+Quoted from the paper, other data (Table 1: Obama addresses; Table 2: GRID): not to be compared digit by digit
+with ours
 
 | row | MOS | SyncNet | L_MOR | GRID SyncNet | GRID L_MOR |
 |---|---|---|---|---|---|
@@ -65,8 +66,7 @@ behind a score of a random model, whether ± is over clips or frames, how many r
 scored against one recording, which costs a perfect sampler sqrt(2); a constant mean mouth already has .055 to
 .110 on tracks of this kind. Eskimez and Chen were trained on GRID, the full model on Obama. That the Baseline
 does better than Chen and Ji holds for SyncNet, not for L_MOR: .1021 against Ji's .0891. A lead of 3.5921 over
-3.4572 in MOS needs about 861 ratings a system to be told from chance, if ratings have a standard deviation of
-1."""
+3.4572 in MOS needs about 861 ratings a system to be told from chance, if their sd is 1."""
 
 
 class SigmoidLSTM(nn.Module):

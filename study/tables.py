@@ -99,7 +99,8 @@ TABLES = [  # title, columns, tracks
         ONE,
     ),
     (
-        "Distribution and motion: 1 is the truth's own for jitter; coverage should be .50 and .90",
+        "Distribution and motion: coverage, of the mouth opening with the training noise, should be .50 and "
+        ".90; jitter 1",
         "coverage50 coverage90 spread spread_lips frechet jitter_head jitter_mouth velocity blinks",
         ONE,
     ),
@@ -149,7 +150,7 @@ def opening(f, rows):
 {f.train_clips} training clips, the {f.split} split is scored; seed {f.seed};
 {f.steps} steps a trained row, {f.batch} clips a step of a flow; look-ahead {f.lead} frames;
 {f.draws} draws a sound.
-Truth is the recording; NLL, of the recording plus the training noise, in nats per coordinate per frame;
+Truth is the recording, for NLL and coverage with the training noise; NLL in nats per coordinate per frame;
 audio gain in nats a frame lost with another clip's sound; mouth r within a clip, mean over clips, with the
 truth (on the synthetic talkers with the exact mean given the sound); SyncNet: {sync}.
 The truth's own diversity, between clips: face {face:.4f}, lips {lips:.4f}.
