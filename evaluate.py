@@ -358,7 +358,7 @@ def flow_row(name):
         flow, _ = talkingflow.load_checkpoint(out / "checkpoint.pt", held.device)
         whole = score_flow(flow, held, deaf=name == "no-audio")
         whole.train_seconds, whole.parameters = done["seconds"], done["parameters"]
-        return with_central(whole) if name in ("ar2", "iid") else [whole]
+        return companions(flow, held, whole) if name in ("ar2", "iid") else [whole]
 
     return row
 
@@ -376,12 +376,20 @@ def checkpoint_row(held, job):
         )
     if state["data"]["fingerprint"] != held.clips.meta["fingerprint"]:
         print(f"{job.checkpoint} was trained on another folder: a clip of these that it saw is no test of it")
-    return with_central(score_flow(flow, held))
+    return companions(flow, held, score_flow(flow, held))
 
 
-def with_central(whole):
-    """An outcome, and its temperature-0 track as one of its own."""
-    return [whole, Outcome(whole.central[None], of="temperature 0")]
+def companions(flow, held, whole):
+    """A flow's Outcome, its temperature-0 track as one of its own, and its draws without the training noise,
+    which are no draws of the density any more, so they have no likelihood."""
+    outcomes = [whole, Outcome(whole.central[None], of="temperature 0")]
+    sigma = flow.config.noise * held.clips.meta["interocular"]
+    if sigma:
+        sound = held.sound(flow.config.lead).to(held.device)
+        draws = (torch.from_numpy(draw).to(held.device) for draw in whole.draws)
+        clean = np.stack([flow.denoise(draw, sound, sigma).cpu().numpy() for draw in draws])
+        outcomes.append(Outcome(clean, of="denoised"))
+    return outcomes
 
 
 @torch.no_grad()

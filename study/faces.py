@@ -48,7 +48,10 @@ def rows(flow, data, clips, chosen, seed=0):
     """A list of (what, number) for the chosen clips."""
     import torch
 
-    unit, mel = data["interocular"], Mel(**data["mel"], fps=data["fps"], sample_rate=clips.meta["sample_rate"])
+    unit, mel = (
+        data["interocular"],
+        Mel(**data["mel"], fps=data["fps"], sample_rate=clips.meta["sample_rate"]),
+    )
     sigma, lead, noise = flow.config.noise * unit, flow.config.lead, torch.Generator().manual_seed(seed)
     heard = {gain: hear(clips, chosen, mel, lead, gain) for gain in GAINS}
     truth = [np.array(clips.landmarks[clip["start"] : clip["start"] + clip["frames"]]) for clip in chosen]
@@ -104,7 +107,9 @@ def rows(flow, data, clips, chosen, seed=0):
         noisy = torch.from_numpy(x)[None] + sigma * torch.randn(1, *x.shape, generator=noise)
         clean = flow.denoise(noisy, torch.from_numpy(c)[None], sigma)[0].numpy()
         error.append(np.square(clean - x).mean())
-    return found + [("error of noisy truth, denoised, over the noise", float(np.sqrt(np.mean(error)) / sigma))]
+    return found + [
+        ("error of noisy truth, denoised, over the noise", float(np.sqrt(np.mean(error)) / sigma))
+    ]
 
 
 def main():

@@ -523,7 +523,11 @@ def test_the_figures_that_training_ends_with_are_the_columns_of_the_checkpoint_r
     figures = metrics.measure(flow, noisy.clips)
     job = evaluate.Job(str(noisy.clips.folder), checkpoint=str(tmp_path / "checkpoint.pt"))
     held = job.held()
-    row = evaluate.score("checkpoint", evaluate.checkpoint_row(held, job)[0], held, None)
+    whole, _, clean = evaluate.checkpoint_row(held, job)
+    row = evaluate.score("checkpoint", whole, held, None)
+    assert clean.of == "denoised" and clean.nll is None
+    rough, smooth = (metrics.roughness(outcome.draws[0]).mean() for outcome in (whole, clean))
+    assert smooth < 0.97 * rough and np.abs(clean.draws - whole.draws).max() < 0.01
     assert figures["clips"] == len(held.x) and held.noise > 0
     for figure, column in (
         ("nll", "nll"),
