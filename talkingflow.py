@@ -363,11 +363,17 @@ class Prior(nn.Module):
         self.past = None
 
     def nothing(self, batch_size):
-        zero = self.variance.new_zeros(batch_size, len(self.variance))
-        return 0, zero, zero
+        before, before2 = self.variance.new_zeros(2, batch_size, len(self.variance))
+        return 0, before, before2
 
-    def remember(self, batch_size):
-        self.past = self.nothing(batch_size)
+    def remember(self, batch_size, frame=0, last=None):
+        """Before a stream's first frame; later, the frames so far and the last ones, in the same places, so
+        that a captured step may go on with them."""
+        self.past = [frame, *self.past[1:]] if self.past else list(self.nothing(batch_size))
+        if last is not None:
+            before, before2 = self.past[1:]
+            before2.copy_(last[:, -2] if last.shape[1] > 1 else before)
+            before.copy_(last[:, -1])
 
     def mean(self, c):
         """m(c) (B, T, D); 0 without a mean network."""
@@ -395,7 +401,7 @@ class Prior(nn.Module):
                 e[:, 1 - frame] -= p1 * p2 * known[:, 2 - frame]
             variance = self.innovation_variance(frame, T)
             if self.past:
-                self.past = frame + T, known[:, -1].clone(), known[:, -2].clone()
+                self.remember(len(z), frame + T, r.detach())
         return -0.5 * (e**2 / variance + (2 * math.pi * variance).log()).expand_as(z).sum((1, 2))
 
     def sample(self, noise):
@@ -410,7 +416,7 @@ class Prior(nn.Module):
         recur = frame_by_frame if e.device.type == "cpu" else by_doubling
         r = recur(e, p1 * (1 - p2), p2, before, before2)
         if self.past:
-            self.past = frame + T, r[:, -1].clone(), r[:, -2].clone() if T > 1 else before
+            self.remember(len(r), frame + T, r)
         return r
 
     def initialize(self, z):
@@ -607,6 +613,8 @@ class Stream:
         self.batch_size, self.temperature, self.generator = batch_size, temperature, generator
         self.flow, self.sigma, self.steer = flow.remembering(batch_size), sigma, steer
         self.denoiser = flow.remembering(batch_size) if sigma else None
+        device = flow.cond_mean.device
+        self.draw_frame = Captured(self.draw, device) if device.type == "cuda" else self.draw
 
     @torch.no_grad()
     def push(self, c):
@@ -619,7 +627,11 @@ class Stream:
         device = self.generator.device if self.generator else "cpu"
         noise = torch.randn(n, -(-B * D // 16) * 16, generator=self.generator, dtype=c.dtype, device=device)
         noise = noise[:, : B * D].reshape(n, B, D).transpose(0, 1).to(c.device)
-        z = self.flow.prior.sample(noise * self.temperature) + self.flow.prior_mean(c)  # (B, n, D)
+        return (self.draw_frame if n == 1 else self.draw)(noise, c)
+
+    def draw(self, noise, c):
+        """Standard normal noise (B, n, D), sound c (B, n, M) -> landmarks (B, n, D)."""
+        z = self.flow.prior.sample(noise * self.temperature) + self.flow.prior_mean(c)
         if self.steer:
             z, c = self.steer(z, c)
         x = self.flow.inverse(z.split(self.flow.sizes, 2), c)

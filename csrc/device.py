@@ -64,8 +64,8 @@ class Captured:
     The first three calls run as they are, on a stream of their own, since what they set up must not be
     recorded; the fourth is recorded, and from then on replayed with the new tensors in the same places.
     The function must do all its work on the device, wait for nothing, and change tensors in place; torch
-    moves the random generator of a graph on at every replay. Where recording fails, calls go on as they
-    were, and one line says why."""
+    moves the random generator of a graph on at every replay. It returns a tensor or None. Where recording
+    fails, calls go on as they were, and one line says why."""
 
     def __init__(self, function, device):
         self.function, self.calls, self.graph = function, 0, None
@@ -76,24 +76,24 @@ class Captured:
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                self.function(*tensors)
+                result = self.function(*tensors)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return
+            return result
         if self.calls == 4:
             self.record(tensors)
         if self.graph is None:
-            self.function(*tensors)
-            return
+            return self.function(*tensors)
         for place, tensor in zip(self.places, tensors):
             place.copy_(tensor)
         self.graph.replay()
+        return None if self.result is None else self.result.clone()
 
     def record(self, tensors):
         """Record one call on tensors like these; nothing is computed yet."""
         self.places, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self.function(*self.places)
+                self.result = self.function(*self.places)
             self.graph = graph
         except RuntimeError as e:
             print(
