@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from media.console import CLEAR, UserError, bounded, free_name, newest, run_command, write_atomically
-from media.export import WRITERS
+from media.export import WRITERS, write_pictures
 from media.face import read_face
 from media.landmarks import face_box
 from media.sound import SAMPLE_RATE, read_sound, unlike_speech
@@ -132,19 +133,16 @@ def manner(args):
     return how | {"temperature": args.temperature, "seed": args.seed}, box
 
 
-def speak_sound(flow, data, name, blocks, faces, how):
-    """Landmarks (K, T, D) for a sound that comes in blocks (see `read_sound`), its samples (int16), their
-    rate."""
-    from talkingflow import Talker
-
-    talker, parts, sound, rate = None, [], [], None
+def speak_sound(name, blocks, data, talkers):
+    """Landmarks (K, T, D) of each talker for a sound that comes in blocks (see `read_sound`), its samples
+    (int16), their rate. talkers: a function of that rate."""
+    speakers, parts, sound, rate = None, [], [], None
     for block, rate in blocks:
         if not np.isfinite(block).all():
             raise UserError(f"{name}: NaN or Inf among the samples vs finite sound. Export it again")
-        if talker is None:
-            talker = Talker(flow, data, rate, faces, **how)
+        speakers = speakers or talkers(rate)
         sound.append((np.clip(block, -1, 1) * 32767).astype(np.int16))
-        parts.append(talker.push(block))
+        parts.append([talker.push(block) for talker in speakers])
     sound = np.concatenate(sound) if sound else np.zeros(0, np.int16)
     if not len(sound) or len(sound) * data["fps"] < rate:
         raise UserError(
@@ -154,8 +152,8 @@ def speak_sound(flow, data, name, blocks, faces, how):
     remarks = unlike_speech(sound / np.float32(32768), rate, data["mel"]["fmax"])
     if remarks:
         print(f"note: {name}: {', '.join(remarks)}. The model has heard no such sound", file=sys.stderr)
-    parts.append(talker.finish())
-    return np.concatenate(parts, 1), sound, rate
+    parts.append([talker.finish() for talker in speakers])
+    return [np.concatenate(track, 1) for track in zip(*parts)], sound, rate
 
 
 def held_out(data, name):
@@ -195,6 +193,55 @@ def find_checkpoint(args):
     return Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
 
 
+def sample_name(args, checkpoint):
+    """Where the samples go: a file with a suffix of WRITERS, or a folder of pictures, whose name has none."""
+    folder = Path() if checkpoint == PRETRAINED else checkpoint.parent
+    out = Path(args.out) if args.out else free_name(folder / "sample.html")
+    pictures = bool(args.out) and args.out.endswith(("/", os.sep))
+    if pictures and out.suffix in WRITERS:
+        raise UserError(f"{args.out}: a folder vs a file. Leave the / out, or the {out.suffix}")
+    if not pictures and out.suffix not in WRITERS:
+        suffixes = f"{', '.join(WRITERS)}, or a / at the end: a folder of pictures"
+        raise UserError(f"{out}: suffix {out.suffix or 'missing'} vs {suffixes}. Change --out")
+    if out.exists() and not args.force and not (pictures and out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
+    return out
+
+
+def sane(tracks, checkpoint):
+    """Tracks of faces, or an error where they are none."""
+    largest = np.abs(np.stack(tracks) - 0.5).max()
+    if not largest <= 3:  # NaN too
+        found = f"{checkpoint}: landmarks up to {largest:.3g} face widths away vs a face"
+        raise UserError(f"{found}. Train longer, or lower --temperature")
+    return tracks
+
+
+def utterance(args, checkpoint, data, talkers):
+    """What is spoken: each talker's track (K, T, D), then a dict of what is known: name, sound, rate, and the
+    truth (T, 68, 2) or None, its label and its box."""
+    known = {"truth": None, "label": "recorded face", "box": None}
+    audio = args.audio
+    if checkpoint == PRETRAINED and not args.audio and not args.clip:
+        audio = str(PRETRAINED.with_name("held-out.wav"))
+        recorded = np.load(PRETRAINED.with_name("held-out.npy"))  # pixels
+        corner, side = face_box(recorded.mean(0))
+        known |= {"truth": ((recorded - corner) / side).astype(np.float32)}
+        known |= {"box": [*corner.tolist(), float(side)]}
+    if audio:
+        blocks = read_sound(audio)
+        if audio.lower().endswith(VIDEOS) and Path(audio).is_file():
+            blocks, known["truth"], known["box"] = hear_video(audio, data["fps"])
+        tracks, sound, rate = speak_sound(audio, blocks, data, talkers)
+        return tracks, known | {"name": Path(audio).name, "sound": sound, "rate": rate}
+    clip, truth, mel, sound, rate = held_out(data, args.clip)
+    if all(source["extractor"] == "exact" for source in data["sources"]):
+        known["label"] = "synthetic talker's own face"
+    tracks = [np.concatenate([t.speak(np.array(mel)), t.finish()], 1) for t in talkers(rate)]
+    known |= {"name": clip["name"], "sound": sound, "rate": rate, "box": clip["box"]}
+    return tracks, known | {"truth": truth.reshape(-1, 68, 2)}
+
+
 def sample(args):
     """`python talkingflow.py sample`: landmarks for a sound, written in the format of --out's suffix."""
     from talkingflow import Talker, choose_device, load_checkpoint
@@ -202,49 +249,36 @@ def sample(args):
     checkpoint = find_checkpoint(args)
     flow, state = load_checkpoint(checkpoint, choose_device(args.device))
     data, faces = state["data"], args.num_samples
-    folder = Path() if checkpoint == PRETRAINED else checkpoint.parent
-    out = Path(args.out) if args.out else free_name(folder / "sample.html")
-    if out.suffix not in WRITERS:
-        raise UserError(f"{out}: suffix {out.suffix or 'missing'} vs {', '.join(WRITERS)}. Change --out")
-    if out.exists() and not args.force:
-        raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
-    truth, box = None, None
+    out = sample_name(args, checkpoint)
     how, their_box = manner(args)
-    if checkpoint == PRETRAINED and not args.audio and not args.clip:
-        args.audio = str(PRETRAINED.with_name("held-out.wav"))
-        recorded = np.load(PRETRAINED.with_name("held-out.npy"))  # pixels
-        corner, side = face_box(recorded.mean(0))
-        truth, box = ((recorded - corner) / side).astype(np.float32), [*corner.tolist(), float(side)]
-    if args.audio:
-        name, blocks = Path(args.audio).name, read_sound(args.audio)
-        if args.audio.lower().endswith(VIDEOS) and Path(args.audio).is_file():
-            blocks, truth, box = hear_video(args.audio, data["fps"])
-        x, sound, rate = speak_sound(flow, data, args.audio, blocks, faces, how)
-    else:
-        clip, truth, mel, sound, rate = held_out(data, args.clip)
-        name, box, truth = clip["name"], clip["box"], truth.reshape(-1, 68, 2)
-        talker = Talker(flow, data, rate, faces, **how)
-        x = np.concatenate([talker.speak(np.array(mel)), talker.finish()], 1)
-    if not np.isfinite(x).all() or np.abs(x - 0.5).max() > 3:
-        raise UserError(
-            f"{checkpoint}: landmarks up to {np.abs(x - 0.5).max():.3g} face widths away vs a face. "
-            "Train longer, or lower --temperature"
-        )
-    x = x.reshape(faces, -1, 68, 2).astype(np.float32)
+    temperatures = [args.temperature]
+    if out.suffix == ".html":  # the page can switch between them
+        temperatures += sorted({0.0, 0.5, 1.0} - {args.temperature})
+
+    def talkers(rate):
+        return [Talker(flow, data, rate, faces, **how | {"temperature": value}) for value in temperatures]
+
+    tracks, known = utterance(args, checkpoint, data, talkers)
+    tracks = [track.reshape(faces, -1, 68, 2).astype(np.float32) for track in sane(tracks, checkpoint)]
     info = {
         "fps": data["fps"],
         "layout": data["layout"],
         "seed": args.seed,
         "temperature": args.temperature,
         "checkpoint": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
-        "audio": name,
-        "box": their_box or box or [0.0, 0.0, 512.0],
+        "audio": known["name"],
+        "box": their_box or known["box"] or [0.0, 0.0, 512.0],
     }
-    write_atomically(out, lambda path: WRITERS[out.suffix](path, x, truth, sound, rate, info))
-    print(
-        f"{out}: {faces} sample{'s' * (faces > 1)} of {x.shape[1]} frames ({x.shape[1] / data['fps']:.2f} s) "
-        f"for {name}"
-    )
+    if out.suffix == ".html":
+        info |= {"truth": known["label"], "tracks": dict(sorted(zip(temperatures, tracks)))}
+    if out.suffix in WRITERS:
+        rest = known["truth"], known["sound"], known["rate"], info
+        write_atomically(out, lambda path: WRITERS[out.suffix](path, tracks[0], *rest))
+    else:
+        write_pictures(out, tracks[0])
+    frames, name = tracks[0].shape[1], known["name"]
+    seconds = f"{frames} frames ({frames / data['fps']:.2f} s)"
+    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {seconds} for {name}")
     return 0
 
 
@@ -261,7 +295,7 @@ def stream(args):
         whole = len(rest) // 2 * 2  # a pipe may cut a sample in two
         samples, rest = np.frombuffer(rest[:whole], "<i2") / np.float32(32768), rest[whole:]
         x = talker.push(samples) if piece else talker.finish()
-        for points in x[0].reshape(-1, 68, 2).round(5).tolist():
+        for points in x[0].reshape(-1, 68, 2).astype(np.float64).round(5).tolist():  # float32 has no 0.12345
             seconds = round(frame / state["data"]["fps"], 4)
             print(json.dumps({"frame": frame, "time": seconds, "landmarks": points}), flush=True)
             frame += 1
@@ -356,7 +390,8 @@ def build_parser():
     )
     p.add_argument(
         "--out",
-        help=f"file; the suffix is the format: {' '.join(WRITERS)} [sample.html beside the checkpoint]",
+        help=f"file; the suffix is the format: {' '.join(WRITERS)}; a name that ends in /: a folder of "
+        "landmark pictures for renderers [sample.html beside the checkpoint]",
     )
     p.add_argument("--force", action="store_true", help="overwrite --out")
     p.set_defaults(run=sample)

@@ -1,4 +1,6 @@
-"""What `sample` writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info)."""
+"""What `sample` writes: write(path, x (K, T, 68, 2), truth (T, 68, 2) or None, sound int16, rate, info).
+
+A folder of pictures for renderers is written by `write_pictures`."""
 
 import base64
 import contextlib
@@ -104,36 +106,75 @@ def write_mp4(path, x, truth, sound, rate, info):
         wav.unlink(missing_ok=True)
 
 
+# of MediaPipe's face pictures, on which ControlNet models were trained: jaw, the person's right and left brow
+# (right is left in the picture), right and left eye, outer and inner lip; the nose is left out
+COLOURS = {0: (10, 200, 10), 17: (180, 220, 10), 22: (10, 220, 180), 36: (180, 200, 10), 42: (10, 200, 180)}
+COLOURS |= {48: (10, 180, 10), 60: (10, 180, 10)}
+
+
+def landmark_picture(points, colours=None, size=512):
+    """Lines of a face (68, 2), its box the picture, on black: white, or by `colours` (first point -> RGB)."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (size, size))
+    pen = ImageDraw.Draw(picture)
+    for first, last, closed in CURVES:
+        colour = (255, 255, 255) if colours is None else colours.get(first)
+        if colour:
+            index = [*range(first, last + 1), *[first] * closed]
+            pen.line([tuple(p) for p in (points[index] * size).tolist()], colour, 2)
+    return picture
+
+
+def write_pictures(folder, x):
+    """A folder of frames for renderers that start from landmarks: face1/lines/00000.png, face1/colours/..."""
+    try:
+        for face, track in enumerate(x):
+            for name, colours in (("lines", None), ("colours", COLOURS)):
+                frames = folder / f"face{face + 1}" / name
+                frames.mkdir(parents=True, exist_ok=True)
+                for old in frames.glob("?????.png"):
+                    old.unlink()
+                for t, points in enumerate(track):
+                    landmark_picture(points, colours).save(frames / f"{t:05d}.png")
+    except OSError as e:
+        raise UserError(f"{folder}: not written ({e}) vs a writable place with room. Choose another --out")
+
+
 def write_html(path, x, truth, sound, rate, info):
-    """One self-contained page: faces, sound and controls; nothing is loaded from anywhere."""
-    faces = np.concatenate([truth[None], x]) if truth is not None else x
+    """One self-contained page: faces, sound and controls; nothing is loaded from anywhere.
+
+    info["tracks"], where there: the samples at other temperatures too, {temperature: (K, T, 68, 2)}.
+    info["truth"]: what the truth is called, where it was not recorded."""
+    tracks = {float(t): track for t, track in info.get("tracks", {info["temperature"]: x}).items()}
+    known = [truth] if truth is not None else []
+    faces = np.concatenate([np.stack(known + list(track)) for track in tracks.values()])
     low, high = np.nanmin(faces, (0, 1, 2)), np.nanmax(faces, (0, 1, 2))
-    scaled = (
-        (faces - (low + high) / 2) / (high - low).max() * 60000
-    )  # int16 over a square that holds every face
-    scaled = np.where(
-        np.isfinite(scaled), scaled.clip(-32767, 32767), -32768
-    )  # the recording shows no face there
-    names = ["recorded face"] * (truth is not None) + [f"sample {i + 1}" for i in range(len(x))]
+    # int16 over a square that holds every face; -32768 where the recording shows none
+    scaled = (faces - (low + high) / 2) / (high - low).max() * 60000
+    scaled = np.where(np.isfinite(scaled), scaled.clip(-32767, 32767), -32768)
+    openings = [
+        [None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()
+    ]
     page = {
-        "names": names,
+        "names": [info.get("truth", "recorded face")] * len(known)
+        + [f"sample {i + 1}" for i in range(len(x))],
+        "temperatures": list(tracks),
+        "temperature": info["temperature"],
         "fps": info["fps"],
         "frames": x.shape[1],
         "curves": CURVES,
         "truth": truth is not None,
-        "title": f"{info['audio']} at temperature {info['temperature']:g}",
-        "seed": info["seed"],
+        "title": info["audio"],
         "points": base64.b64encode(scaled.astype("<i2").tobytes()).decode(),
-        "mouth": [
-            [None if math.isnan(v) else round(v, 4) for v in track] for track in mouth_opening(faces).tolist()
-        ],
+        "mouth": openings,
         "sound": base64.b64encode(wav_bytes(sound, rate)).decode(),
         "wave": [
             float(np.abs(part, dtype=float).max(initial=0)) / 32768 for part in np.array_split(sound, 600)
         ],
     }
-    player = (Path(__file__).resolve().parent.parent / "assets" / "player.html").read_text()
-    path.write_text(player.replace("__PAGE__", json.dumps(page).replace("</", "<\\/")))
+    player = (Path(__file__).resolve().parent.parent / "assets" / "player.html").read_text(encoding="utf-8")
+    path.write_text(player.replace("__PAGE__", json.dumps(page).replace("</", "<\\/")), encoding="utf-8")
 
 
 WRITERS = {".html": write_html, ".npz": write_npz, ".csv": write_csv, ".npy": write_npy, ".gif": write_gif}

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,6 +242,27 @@ def test_sample_writes_every_format(trained, suffix, tmp_path):
         assert out.read_bytes()[:6] == b"GIF89a"
 
 
+def test_a_name_that_ends_in_a_slash_is_a_folder_of_pictures(trained, tmp_path):
+    folder, _ = trained
+    flags = ["--num-samples", 2, "--out", f"{tmp_path}/pictures/"]
+    done = run(folder, "sample", *flags)
+    assert done.returncode == 0 and "2 samples of 80 frames" in done.stdout, done.stderr
+    for face in ("face1", "face2"):
+        for kind in ("lines", "colours"):
+            names = sorted(path.name for path in (tmp_path / "pictures" / face / kind).iterdir())
+            assert names == [f"{t:05d}.png" for t in range(80)]
+    fails(run(folder, "sample", *flags), "exists already")
+    assert run(folder, "sample", *flags, "--force").returncode == 0
+
+
+def test_the_page_of_synthetic_talkers_calls_nothing_recorded(trained, tmp_path):
+    folder, _ = trained
+    assert run(folder, "sample", "--temperature", 0.7, "--out", tmp_path / "a.html").returncode == 0
+    page = json.loads(re.search(r"^const page = (.*);$", (tmp_path / "a.html").read_text(), re.M)[1])
+    assert page["temperatures"] == [0, 0.5, 0.7, 1] and page["temperature"] == 0.7
+    assert page["names"] == ["synthetic talker's own face", "sample 1", "sample 2", "sample 3"]
+
+
 def test_sample_without_names_takes_the_newest_run_and_never_overwrites(trained):
     folder, _ = trained
     assert run(folder, "sample").returncode == run(folder, "sample").returncode == 0
@@ -339,6 +361,7 @@ def test_stream_prints_a_line_a_frame_equal_to_sample(trained, tmp_path):
         pcm = f.readframes(f.getnframes())
     done = run_process(folder, "stream", "--seed", 3, input=pcm)
     assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) < 3000  # five digits a number, not a float32's seventeen
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["frame"] for line in lines] == list(range(50)) and lines[1]["time"] == 0.04
     flags = ["--seed", 3, "--num-samples", 1, "--out", tmp_path / "x.npy"]
@@ -474,6 +497,7 @@ def test_bad_sounds_and_outputs_end_in_one_line_and_leave_nothing(trained, tmp_p
         ".bvh vs .html, .npz, .csv, .npy, .gif, .mp4",
     )
     fails(run(folder, "sample", "--audio", good, "--out", out), "suffix missing")
+    fails(run(folder, "sample", "--audio", good, "--out", f"{out}.npz/"), "Leave the / out")
     fails(run(folder, "sample", "--clip", "nobody", "--out", f"{out}.npz"), "no clip nobody")
     assert not list(tmp_path.glob("out*"))
     (tmp_path / "out.npz").write_text("mine")
