@@ -1,4 +1,4 @@
-"""The commands of talkingflow.py: train, sample, stream. Folders, flags and files; the method is in
+"""The commands of talkingflow.py: train, sample, stream, live. Folders, flags and files; the method is in
 talkingflow.py. What needs torch is imported inside the commands: a usage line should not wait for it."""
 
 import argparse
@@ -17,6 +17,7 @@ from media.console import CLEAR, UserError, bounded, free_name, newest, run_comm
 from media.export import WRITERS, write_pictures
 from media.face import read_face
 from media.landmarks import face_box
+from media.live import arrays, write_live
 from media.sound import SAMPLE_RATE, read_sound, unlike_speech
 from media.video import VIDEOS, read_video_sound, truth_of_video
 from prepare_data import default_folder
@@ -306,6 +307,21 @@ def stream(args):
     return 0
 
 
+def live(args):
+    """`python talkingflow.py live`: the model as one page, which hears and draws in the browser."""
+    from talkingflow import load_checkpoint
+
+    checkpoint, out = find_checkpoint(args), Path(args.out)
+    flow, state = load_checkpoint(checkpoint)
+    if out.exists() and not args.force:
+        raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
+    clip = next(PRETRAINED.parent.glob("*.wav"), None)  # the sound that comes with this project
+    page = state["config"], state["data"], arrays(flow), checkpoint.name, clip
+    write_atomically(out, lambda path: write_live(path, *page))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, all in one file. Open it in a browser and speak")
+    return 0
+
+
 def add_config_flags(parser):
     """A flag for every field of Config, read from its lines `name: kind = default  # help`."""
     kinds = {"int": int, "float": float, "str": str, "bool": truth_value, "tuple": numbers}
@@ -332,12 +348,12 @@ def truth_value(text):
 
 
 def build_parser():
-    """The command line: train, sample and stream."""
+    """The command line: train, sample, stream and live."""
     parser = argparse.ArgumentParser(
         description=ast.get_docstring(ast.parse(METHOD.read_text(encoding="utf-8"))).split("[1]")[0]
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream | live")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -407,6 +423,19 @@ def build_parser():
     )
     p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
     p.set_defaults(run=stream)
+
+    p = commands.add_parser(
+        "live",
+        parents=[shared],
+        help="write a page that hears a microphone",
+        description="Write one self-contained page: microphone or sound file -> faces, in the browser.",
+    )
+    p.add_argument(
+        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]"
+    )
+    p.add_argument("--out", default="live.html", help="the page [live.html]")
+    p.add_argument("--force", action="store_true", help="overwrite --out")
+    p.set_defaults(run=live)
     return parser
 
 
