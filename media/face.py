@@ -87,13 +87,18 @@ def read_face(path):
         raise UserError(f"{path}: {reason} ({detail}) vs a face with a closed mouth. Give another") from None
     except (OSError, ValueError, KeyError, EOFError) as e:
         reason = str(e).split("\n")[0] or type(e).__name__
-        raise UserError(f"{path}: unreadable ({reason}) vs .npz, .npy, .csv or a picture. Check --face") from None
+        raise UserError(
+            f"{path}: unreadable ({reason}) vs .npz, .npy, .csv or a picture. Check --face"
+        ) from None
     face = face[np.isfinite(face[:, 0, 0])]
     opening = mouth_opening(face)
     face = face[opening <= np.quantile(opening, 0.1)].mean(0)
     if mouth_opening(face) > 0.15:
         found = f"{mouth_opening(face):.2f} of its width"
-        print(f"note: {path.name} has its mouth open ({found}), and so it stays. A closed one is better", file=sys.stderr)
+        print(
+            f"note: {path.name} has its mouth open ({found}), and so it stays. A closed one is better",
+            file=sys.stderr,
+        )
     corner, side = face_box(face)
     return ((face - corner) / side).astype(np.float32), [*corner.tolist(), float(side)]
 
@@ -114,7 +119,9 @@ def landmarks_of(path):
 
         model = find_model("mediapipe", None)
         with quiet(), Image.open(path) as picture:
-            found = load_extractor("mediapipe", model)(np.array(ImageOps.exif_transpose(picture).convert("RGB")))
+            found = load_extractor("mediapipe", model)(
+                np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            )
         if len(found) != 1:
             raise Skip("picture", f"{len(found)} faces")
         return np.array(found, float)

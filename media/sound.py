@@ -11,7 +11,9 @@ import numpy as np
 from media.console import UserError
 
 FLOOR = 1e-13  # of mel power: its logarithm is -30, a quiet hiss is at -19
-QUIET = -17.0  # the level before anything was heard: that of a voice 40 dB quieter than one close to a microphone
+QUIET = (
+    -17.0
+)  # the level before anything was heard: that of a voice 40 dB quieter than one close to a microphone
 
 
 class Mel:

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from media.console import UserError
-from media.sound import FLOOR, QUIET, Mel
+from media.face import draw_on, head_latents, read_face, rest_face, steer, with_eyes_of
+from media.landmarks import lip_points, mouth_opening, points
+from media.sound import FLOOR, QUIET, Mel, unlike_speech
+from talkingflow import Config, Talker, TalkingFlow
 
 
 def voice(seconds=4, rate=16000, seed=0):
@@ -56,3 +60,192 @@ def test_level_0_and_old_checkpoints_hear_absolutely():
     assert np.abs(Mel(level=0).columns(2 * sound) - Mel(level=0).columns(sound) - np.log(4)).max() < 1e-4
     with pytest.raises(UserError, match="whole clip"):
         Mel(level=True)
+
+
+# --- without the training noise
+
+
+def random_flow(dim=16, prior="ar2", seed=0, **config):
+    """A flow in float64 whose couplings do something, with any autocorrelations."""
+    torch.manual_seed(seed)
+    numbers = {"dim": dim, "cond_dim": 3, "hidden": 8, "prior": prior, "steps_per_scale": 1, "dropout": 0}
+    flow = TalkingFlow(Config(**numbers | config)).double().eval()
+    with torch.no_grad():
+        for name, parameter in flow.named_parameters():
+            if "net." in name or "partial" in name:
+                parameter.normal_(0, 0.3)
+    return flow
+
+
+def test_a_gaussian_is_denoised_to_its_posterior_mean():
+    """Identity couplings leave a Gaussian: E[clean_t | x_0..x_t] = x_t - sigma^2 (R^-1 x)_t by linear algebra,
+    R the covariance of the frames so far."""
+    T, D, sigma = 5, 16, 0.3
+    flow = random_flow(prior_mean=False)
+    with torch.no_grad():
+        for step in (step for scale in flow.scales for step in scale):
+            step.coupling.net.out.weight.zero_(), step.coupling.net.out.bias.zero_()
+            step.actnorm.logs.normal_(0, 0.3)
+        c = torch.zeros(1, T, 3, dtype=torch.float64)
+        columns = flow.inverse(
+            torch.eye(D, dtype=torch.float64)[None].split(flow.sizes, 2), torch.zeros(1, D, 3)
+        )
+        A = columns[0].T  # x_t = A z_t
+    p1, p2 = flow.prior.partials().detach()
+    a1, rho = p1 * (1 - p2), [torch.ones_like(p1), p1]
+    for _ in range(T):
+        rho.append(a1 * rho[-1] + p2 * rho[-2])
+    R = [[A @ torch.diag(flow.prior.variance * rho[abs(i - j)]) @ A.T for j in range(T)] for i in range(T)]
+    R = torch.cat([torch.cat(row, 1) for row in R])
+    x = torch.randn(1, T, D, dtype=torch.float64)
+    clean = flow.denoise(x, c, sigma)
+    for t in range(T):
+        n = (t + 1) * D
+        expected = x[0, t] - sigma**2 * torch.linalg.solve(R[:n, :n], x[0, : t + 1].reshape(-1))[-D:]
+        assert (clean[0, t] - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("prior", ["ar2", "iid"])
+def test_each_frame_is_denoised_by_its_own_gradient_given_the_frames_before(prior):
+    flow = random_flow(prior=prior)
+    x, c = (torch.randn(2, 7, n, dtype=torch.float64) for n in (16, 3))
+    clean = flow.denoise(x, c, 0.2)
+    for t in range(7):
+        part = x[:, : t + 1].clone().requires_grad_()
+        (score,) = torch.autograd.grad(flow.log_prob(part, c[:, : t + 1]).sum(), part)
+        assert (clean[:, t] - x[:, t] - 0.04 * score[:, t]).abs().max() < 1e-12
+    later = x.clone()
+    later[:, 4:] += 1
+    assert torch.equal(flow.denoise(later, c, 0.2)[:, :4], clean[:, :4])  # causal
+
+
+def test_a_denoised_stream_equals_the_whole_and_a_plain_one_stays_a_draw():
+    flow = random_flow()
+    c = torch.randn(2, 9, 3, dtype=torch.float64)
+
+    def stream(sigma):
+        return flow.stream(2, generator=torch.Generator().manual_seed(1), sigma=sigma)
+
+    draw, whole, blocks = stream(0).push(c), stream(0.1).push(c), stream(0.1)
+    parts = torch.cat([blocks.push(block) for block in c.split([1, 4, 0, 1, 3], 1)], 1)
+    assert (parts - whole).abs().max() < 1e-12
+    assert (flow.denoise(draw, c, 0.1) - whole).abs().max() < 1e-12 and (draw - whole).abs().max() > 1e-3
+    assert torch.equal(flow.sample(c, generator=torch.Generator().manual_seed(1)), draw)
+    assert not whole.requires_grad and all(p.grad is None for p in flow.parameters())
+
+
+# --- head, lips, face
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    from cli import PRETRAINED
+    from talkingflow import load_checkpoint
+
+    flow, state = load_checkpoint(PRETRAINED)
+    return flow, state["data"]
+
+
+def speaking(pretrained, **how):
+    """Two faces that speak four seconds: (2, 100, 136)."""
+    flow, data = pretrained
+    talker = Talker(flow, data, 16000, faces=2, **how)
+    return np.concatenate([talker.push(voice()), talker.finish()], 1)
+
+
+def head(track):
+    return points(track)[..., 27:36, :].mean(-2).std(1).mean()
+
+
+def lips(track):
+    return lip_points(track).std(1).mean()
+
+
+def eyes(track):
+    p = points(track)
+    return (p[..., 36:42, :] - p[..., 36:42, :].mean(-2, keepdims=True)).std(1).mean()
+
+
+def test_head_and_lips_are_stilled_each_by_itself_and_the_eyes_go_on(pretrained):
+    plain, still = speaking(pretrained), speaking(pretrained, head=0.0)
+    mute, statue = speaking(pretrained, lips=0.0), speaking(pretrained, head=0.0, lips=0.0)
+    assert head(still) < 0.6 * head(plain) and 0.8 < lips(still) / lips(plain) < 1.2
+    assert lips(mute) < 0.2 * lips(plain) and head(mute) > 0.6 * head(plain)
+    assert head(statue) < 0.05 * head(plain) and lips(statue) < 0.05 * lips(plain)
+    assert all(0.99 < eyes(track) / eyes(plain) < 1.01 for track in (still, mute, statue))
+    wide = speaking(pretrained, lips=1.5)
+    assert 1.15 < lips(wide) / lips(plain) < 1.6
+
+
+def test_at_1_nothing_is_steered(pretrained):
+    flow, data = pretrained
+    z, c = torch.randn(1, 5, 136), torch.randn(1, 5, 40)
+    same_z, same_c = steer(flow)(z, c)
+    assert (same_z - z).abs().max() < 1e-5 and (same_c - c).abs().max() < 1e-5
+    assert 2 <= head_latents(flow).sum() < 60
+
+
+def test_the_face_at_rest_has_its_mouth_closed(pretrained):
+    assert mouth_opening(rest_face(pretrained[0])) < 0.03
+
+
+def test_a_face_is_drawn_by_the_displacements_from_rest(pretrained):
+    """On its own rest face nothing changes; on one turned and twice as large every motion is turned and
+    doubled."""
+    flow, _ = pretrained
+    rest, plain = rest_face(flow), speaking(pretrained)
+    assert np.abs(speaking(pretrained, face=rest) - plain).max() < 1e-5
+    turn = 2 * np.array([[0.8, 0.6], [-0.6, 0.8]])
+    assert (
+        np.abs(points(speaking(pretrained, face=rest @ turn + 3)) - (points(plain) @ turn + 3)).max() < 1e-4
+    )
+    assert np.allclose(draw_on(plain, rest, rest), plain, atol=1e-6)
+
+
+def test_the_eyes_of_one_track_on_another_keep_their_place():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 136))
+    out = points(with_eyes_of(a, b))
+    assert np.allclose(out[:, 36:42].mean(1), points(a)[:, 36:42].mean(1))
+    assert np.allclose(np.diff(out[:, 42:48], axis=1), np.diff(points(b)[:, 42:48], axis=1))
+    untouched = [*range(36), *range(48, 68)]
+    assert np.array_equal(out[:, untouched], points(a)[:, untouched])
+
+
+def test_a_face_file_gives_the_frames_with_the_most_closed_mouth(pretrained, tmp_path):
+    rest = rest_face(pretrained[0]) * 300 + 50
+    track = np.repeat(rest[None], 20, 0)
+    track[:18, 65:68, 1] += 30  # mouth open
+    np.save(tmp_path / "track.npy", track)
+    face, box = read_face(tmp_path / "track.npy")
+    assert np.allclose(face * box[2] + box[:2], rest, atol=1e-2) and 0 <= face.min() < face.max() <= 1
+    np.save(tmp_path / "one.npy", rest)
+    assert np.allclose(read_face(tmp_path / "one.npy")[0], face, atol=1e-4)
+    np.save(tmp_path / "bad.npy", rest[:50])
+    for name in ("bad.npy", "none.npy"):
+        with pytest.raises(UserError, match=name):
+            read_face(tmp_path / name)
+
+
+# --- sounds that the model has not heard the like of
+
+
+def test_what_is_unlike_speech_is_named():
+    sound, rng = voice(), np.random.default_rng(1)
+    assert unlike_speech(sound, 16000) == []
+    assert "clipped" in unlike_speech(np.clip(20 * sound, -1, 1), 16000)[0]
+    assert "silence" in unlike_speech(0 * sound, 16000)[0]
+    assert "like noise" in unlike_speech(0.1 * rng.standard_normal(64000), 16000)[0]
+    spectrum = np.fft.rfft(sound)
+    spectrum[len(spectrum) * 34 // 80 :] = 0
+    assert "nothing above 3" in unlike_speech(np.fft.irfft(spectrum), 16000)[0]
+
+
+def test_channels_that_cancel_are_named(tmp_path, capsys):
+    import soundfile
+
+    from media.sound import read_sound
+
+    for sign in (1, -1):
+        soundfile.write(tmp_path / "two.wav", np.stack([voice(), sign * voice()], 1), 16000)
+        list(read_sound(tmp_path / "two.wav"))
+        assert ("cancel" in capsys.readouterr().err) == (sign < 0)
