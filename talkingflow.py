@@ -57,7 +57,7 @@ from csrc.device import Captured, Processes, choose_device, few_threads
 from csrc.gated_conv import kernel_runs, load_kernel
 from media.checkpoint import describe, read_checkpoint
 from media.console import CLEAR, Interrupt, UserError, write_atomically
-from media.face import draw_on, rest_face, steer, with_eyes_of
+from media.face import Look
 from media.folder import TrainingFolder
 from media.limits import check_config
 from media.sound import Mel
@@ -607,7 +607,7 @@ class Stream:
     """Faces while the sound arrives: blocks of any size give the frames of a whole-sequence sample, which
     is itself a stream of one block. All that it remembers is in its own copies of the flow: see
     `TalkingFlow.remembering`. sigma > 0 takes the training noise out of the faces: they are no draws of the
-    density then. steer: a function (z, c) -> (z, c) of what the flow is given, such as media.face.steer."""
+    density then. steer: a function (z, c) -> (z, c) of what the flow is given, as in media.face."""
 
     def __init__(self, flow, batch_size, temperature, generator, sigma=0.0, steer=None):
         self.batch_size, self.temperature, self.generator = batch_size, temperature, generator
@@ -901,35 +901,18 @@ class Talker:
 
     A face hears `lead` frames ahead, so its frames come that much later; `finish` returns the last of
     them. Each face draws its own noise (seed, seed + 1, ...), so the number of faces does not change any
-    of them. denoise: without the training noise. head, lips: their motion, 0 still, 1 as trained. face:
-    landmarks (68, 2) at rest to draw them on, instead of the model's own face.
+    of them. denoise: without the training noise. look: head, lips and face of media.face.Look.
     """
 
-    def __init__(
-        self,
-        flow,
-        data,
-        sample_rate,
-        faces=1,
-        temperature=1.0,
-        seed=0,
-        denoise=False,
-        head=1.0,
-        lips=1.0,
-        face=None,
-    ):
+    def __init__(self, flow, data, sample_rate, faces=1, temperature=1.0, seed=0, denoise=False, **look):
         self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
-        self.lead, self.device = flow.config.lead, flow.cond_mean.device
+        self.lead, self.device, self.look = flow.config.lead, flow.cond_mean.device, Look(flow, **look)
         sigma = flow.config.noise * data["interocular"] if denoise else 0.0
 
-        def streams(control):
-            noises = [torch.Generator().manual_seed(seed + i) for i in range(faces)]
-            return [flow.stream(1, temperature, noise, sigma, control) for noise in noises]
+        def stream(face, steer):
+            return flow.stream(1, temperature, torch.Generator().manual_seed(seed + face), sigma, steer)
 
-        steered = (head, lips) != (1, 1)
-        self.streams = streams(steer(flow, head, lips) if steered else None)
-        self.lively = streams(None) if steered else []  # the same faces as trained, for their eyes
-        self.face, self.rest = face, rest_face(flow) if face is not None else None
+        self.streams = [[stream(face, steer) for face in range(faces)] for steer in self.look.steered]
         self.waiting = self.lead  # the first columns are only ever heard ahead
         self.last = np.zeros((0, len(self.mel.bank)), np.float32)
 
@@ -939,10 +922,8 @@ class Talker:
         self.waiting -= skip
         self.last = columns[-1:] if len(columns) else self.last
         c = torch.from_numpy(columns[skip:])[None].to(self.device)
-        x = np.concatenate([stream.push(c).cpu().numpy() for stream in self.streams])
-        if self.lively:
-            x = with_eyes_of(x, np.concatenate([stream.push(c).cpu().numpy() for stream in self.lively]))
-        return x if self.face is None else draw_on(x, self.rest, self.face)
+        tracks = [np.concatenate([s.push(c).cpu().numpy() for s in streams]) for streams in self.streams]
+        return self.look(*tracks)
 
     def push(self, samples):
         return self.speak(self.mel.push(samples))

@@ -74,6 +74,20 @@ def draw_on(track, rest, face):
     return flat(face + (points(track) - rest) @ turn).astype(track.dtype)
 
 
+class Look:
+    """How a flow's faces are shown: their head's and lips' motion (0 still, 1 as trained), and on which face
+    (68, 2), if not on the flow's own. `steered`: what each of its arguments is steered by (see `Stream`)."""
+
+    def __init__(self, flow, head=1.0, lips=1.0, face=None):
+        self.steered = [steer(flow, head, lips), None] if (head, lips) != (1, 1) else [None]
+        self.face, self.rest = face, rest_face(flow) if face is not None else None
+
+    def __call__(self, track, lively=None):
+        """The track (..., 136) to show, given the same faces as trained, for their eyes."""
+        track = track if lively is None else with_eyes_of(track, lively)
+        return track if self.face is None else draw_on(track, self.rest, self.face)
+
+
 def read_face(path):
     """A face at rest from landmarks (.npz, .npy, OpenFace .csv) or a picture: (68, 2) in its own face box,
     and the box [x, y, side] in pixels. Of a track, the frames whose mouth is most closed."""

@@ -19,12 +19,12 @@ QUIET = (
 class Mel:
     """Causal log-mel spectrogram: column t sees the samples before (t + 1) / fps seconds and no later one.
 
-    n_mels bands between fmin and fmax (Hz), a Hann window of `window` seconds. Power is divided by the window's squared
-    sum and the bands are defined in Hz, so that one sound gives the same numbers at any sample rate: no resampler is
-    needed. Heard relative to a running level: column t is c_t - L_t with
+    n_mels bands between fmin and fmax (Hz), a Hann window of `window` seconds. Power is divided by the
+    window's squared sum and the bands are defined in Hz, so that one sound gives the same numbers at any
+    sample rate: no resampler is needed. Heard relative to a running level: column t is c_t - L_t with
         L_t = max(L_{t-1} - level, E_t, QUIET),   E_t the logarithm of column t's summed power,
-    the loudest so far, forgotten at `level` nats a column. So a quiet microphone sounds like a loud one, without
-    look-ahead, and silence before the first word sounds like silence between words. level = 0: c_t itself.
+    the loudest so far, forgotten at `level` nats a column. So a quiet microphone sounds like a loud one,
+    without look-ahead, and digital silence before the first word is far below any voice. level = 0: c_t.
     """
 
     def __init__(self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=0.01, fps=25, sample_rate=16000):
@@ -46,11 +46,12 @@ class Mel:
         self.forget()
 
     def forget(self):
-        """Before the first sample: nothing kept, its first sample's number 0, no column done, the quiet level."""
+        """Before the first sample: nothing kept, the first one's number, no column done, the quiet level."""
         self.past, self.first, self.frame, self.loudest = np.zeros(0, np.float32), 0, 0, QUIET
 
     def _power(self, samples, first, start, stop):
-        """Mel power of columns start..stop-1; samples[0] is number `first` of its sound, with zeros before number 0."""
+        """Mel power of columns start..stop-1; samples[0] is number `first` of its sound, zeros come before
+        number 0."""
         ends = np.floor(np.arange(start + 1, stop + 1) * self.sample_rate / self.fps).astype(int) - first
         samples = np.concatenate([np.zeros(self.size, np.float32), samples])
         power = np.zeros((len(ends), len(self.bank)), np.float32)
@@ -72,7 +73,7 @@ class Mel:
         return int(samples * self.fps / self.sample_rate + 1e-9)
 
     def columns(self, audio):
-        """A whole sound's samples (S,) in -1..1 -> log-mel (T, M) float32, T = floor(S * fps / sample_rate)."""
+        """A whole sound (S,) in -1..1 -> log-mel (T, M) float32, T = floor(S * fps / sample_rate)."""
         self.forget()
         return self.push(audio)
 

@@ -1,9 +1,12 @@
-"""A face worth watching: the level of the sound, denoised faces, head and lips apart, the person's own face."""
+"""A face worth watching: the level of the sound, denoised faces, head and lips apart, one's own face."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import talkingflow
 from media.console import UserError
 from media.face import draw_on, head_latents, read_face, rest_face, steer, with_eyes_of
 from media.landmarks import lip_points, mouth_opening, points
@@ -78,8 +81,8 @@ def random_flow(dim=16, prior="ar2", seed=0, **config):
 
 
 def test_a_gaussian_is_denoised_to_its_posterior_mean():
-    """Identity couplings leave a Gaussian: E[clean_t | x_0..x_t] = x_t - sigma^2 (R^-1 x)_t by linear algebra,
-    R the covariance of the frames so far."""
+    """Identity couplings leave a Gaussian: by linear algebra E[clean_t | x_0..x_t] = x_t - sigma^2 (R^-1 x)_t
+    with R the covariance of the frames so far."""
     T, D, sigma = 5, 16, 0.3
     flow = random_flow(prior_mean=False)
     with torch.no_grad():
@@ -224,6 +227,16 @@ def test_a_face_file_gives_the_frames_with_the_most_closed_mouth(pretrained, tmp
     for name in ("bad.npy", "none.npy"):
         with pytest.raises(UserError, match=name):
             read_face(tmp_path / name)
+
+
+def test_without_a_wav_the_shipped_sentence_is_spoken_beside_its_recorded_face(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert talkingflow.main(["sample", "--out", "x.npz", "--num-samples", "1", "--device", "cpu"]) == 0
+    with np.load("x.npz") as z:
+        said = z["landmarks"]
+    assert said.shape == (1, 74, 68, 2) and said.min() > -0.5 and said.max() < 1.5
+    assert talkingflow.main(["sample", "--out", "x.html", "--device", "cpu"]) == 0
+    assert Path("x.html").stat().st_size > 100_000  # faces, the recorded one and the sound
 
 
 # --- sounds that the model has not heard the like of
