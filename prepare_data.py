@@ -10,7 +10,7 @@ What is written (plain files, no pickle; N = frames of all clips end to end, S =
     landmarks.npy      float32 (N, 136)  x0 y0 x1 y1 ... of the 68 iBUG points, 0..1 in the clip's face box, y down
     mel.npy            float32 (N, M)    a causal log-mel column a frame: it has heard the sound before (t+1)/fps only
     audio.npy          int16   (S,)      16 kHz mono
-    articulation.npy   float32 (N, 4)    synthetic only: E[landmarks | sound] = mean_face + articulation @ modes
+    articulation.npy   float32 (N, 4)    synthetic only: what the sound says of the lips (open, width, pout, press)
     meta.json                            clips, splits, boxes (pixels = box[0] + box[2] * x), mel settings, licences
     report.csv                           what became of every source; journal.jsonl lets an interrupted run go on
 
@@ -186,14 +186,8 @@ def new_folder(out, force=False):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Synthetic talkers, the voice: phones -> pulse train and noise -> three resonators
-#
-# Why invent people at all: given the sound, their landmarks are exactly Gaussian, so the best possible likelihood is
-# known to the last digit (below), and "how good is the model" has an answer in nats.
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthetic talkers, the face: x_t = mean face + sum over modes of (mode's drawing) * (mode's value at t) + noise
+# Synthetic talkers (media/talkers.py). Why invent people at all: the density of their landmarks given the sound is
+# known, so the best possible likelihood is known to the last digit, and "how good is the model" has an answer in nats.
 
 
 def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=0.0, force=False, frames=80):
@@ -225,9 +219,9 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=0
     progress, done, widths = Progress("synthetic talkers", sum(counts.values())), 0, []
     for split, n in counts.items():
         optima = []
-        for first in range(0, n, 16):  # 16 at a time: memory stays small
+        for first in range(0, n, 64):  # so many at a time: memory stays small
             rng = np.random.default_rng([seed, SPLITS.index(split), first])
-            phones = say(min(16, n - first), frames, rng)
+            phones = say(min(64, n - first), frames, rng)
             sound = np.round(32767 * synthesize(phones, rng)).astype(np.int16)
             articulation = articulate(phones).astype(np.float32)
             landmarks = talker.draw(articulation, rng).astype(np.float32)

@@ -1,11 +1,14 @@
 """Synthetic talkers: a voice, a face that follows it, and the exact likelihood of that face."""
 
+import functools
+
 import numpy as np
+import scipy.fft
 
 from media.sound import SAMPLE_RATE
 
 FPS = 25
-HOP = 128  # samples between two segments of the voice: 8 ms
+BLOCK, HALF = 256, 128  # samples that one filter of the voice serves, 16 ms; its fades
 
 
 #        name  F1   F2    F3   voice noise noise Hz   open  width  pout press     (targets of the four articulators)
@@ -29,7 +32,7 @@ PHONES = [
 
 VOWELS = np.arange(1, 7)
 CONSONANTS = np.arange(7, 14)
-VOICE = np.array([p[1:7] for p in PHONES], float)  # (14, 6): F1 F2 F3 voice noise noise_hz
+VOICE = np.array([p[1:7] for p in PHONES], np.float32)  # (14, 6): F1 F2 F3 voice noise noise_hz
 TARGETS = np.array([p[7:] for p in PHONES], float)  # (14, 4): open width pout press
 
 
@@ -50,54 +53,67 @@ def say(clips, frames, rng):
 
 
 def synthesize(phones, rng):
-    """Phones (B, T) -> float32 sound (B, T * 640), 16 kHz, peak 0.7.
+    """Phones (B, T) -> float32 sound (B, T * 640), 16 kHz, peak 0.7."""
+    return np.stack([utter(row, rng) for row in phones])
+
+
+def utter(phones, rng):
+    """Phones (T,) -> sound (T * 640,).
 
     A glottal pulse train with a wandering pitch, and noise, through a filter that changes every 16 ms: three resonators
     at the formants for the voice, one for the noise. Short-time Fourier filtering with overlap-add needs no loop over
     samples. All of it is causal: no sample before a phone's first frame depends on the phone."""
-    B, T = phones.shape
-    S = T * SAMPLE_RATE // FPS
-    n = S // (2 * HOP) + 1  # filters a clip, each for two segments
-    at = ((2 * np.arange(n) - 1) * HOP * FPS // SAMPLE_RATE).clip(
-        0, T - 1
-    )  # a segment begins one hop before it
-    control = VOICE[phones[:, at]].astype(np.float32)  # (B, n, 6)
-    for _ in range(2):  # glide: mean with the one before
-        control[:, 1:] = (control[:, 1:] + control[:, :-1]) / 2
-    control[..., :3] *= rng.uniform(0.95, 1.05, (B, 1, 1))  # longer and shorter throats
-    pitch = rng.uniform(95, 220, (B, 1)) * np.exp(0.03 * np.cumsum(rng.normal(size=(B, n)), 1).clip(-8, 8))
-    share = control[..., 3] / (control[..., 3] + control[..., 4] + 1e-9)  # of the voice in the sound
-    pitch, voice, noise = (
-        np.repeat(c, 2 * HOP, axis=1)[:, :S] for c in (pitch, control[..., 3] * share, control[..., 4])
-    )
-    since = np.cumsum(pitch / SAMPLE_RATE, 1) % 1 * SAMPLE_RATE / pitch  # samples since the last pulse began
-    pulses = (1 - np.cos(np.pi / 4 * since.clip(max=8))) * np.sqrt(
-        2 / pitch
-    )  # half a millisecond: little above 4 kHz
-    source = 10 * pulses * voice + rng.standard_normal((B, S), np.float32) * noise
-    source = np.pad(source.astype(np.float32), ((0, 0), (HOP, 3 * HOP)))
-    f = np.fft.rfftfreq(4 * HOP, 1 / SAMPLE_RATE).astype(np.float32)  # (F,)
+    S = len(phones) * SAMPLE_RATE // FPS
+    n = S // BLOCK + 1  # filters
+    heard = phones[
+        ((2 * np.arange(n) - 1) * BLOCK // 2 * FPS // SAMPLE_RATE).clip(0)
+    ]  # one fades in before its block
+    since = np.concatenate([heard[:1], heard[:1], heard])  # glide: over three blocks
+    glides, which = np.unique(np.stack([since[:-2], since[1:-1], heard]), axis=1, return_inverse=True)
+    control = np.float32([0.25, 0.5, 0.25]) @ VOICE[glides.T]  # (N, 6), N a quarter of n
+    control[:, :3] *= rng.uniform(0.95, 1.05)  # a longer or shorter throat
+    share = control[:, 3] / (control[:, 3] + control[:, 4] + 1e-9)  # of the voice in the sound
+    voice, noise = (control[:, 3] * share)[which], control[which, 4]
+    pitch = rng.uniform(95, 220) * np.exp(0.03 * np.cumsum(rng.normal(size=n)).clip(-8, 8))
+    source = np.zeros(HALF + (n + 1) * BLOCK, np.float32)
+    hiss = 12**0.5 * (rng.random((n, BLOCK), np.float32) - np.float32(0.5))
+    source[HALF:-BLOCK] = (hiss * noise[:, None]).ravel()
+    phase = np.concatenate(
+        [[0], np.cumsum(pitch * (BLOCK / SAMPLE_RATE))]
+    )  # periods by the end of each block
+    begin = np.interp(np.arange(1, phase[-1]), phase, np.arange(n + 1) * BLOCK)  # of each pulse, in samples
+    sample = np.ceil(begin).astype(int)[:, None] + np.arange(8)  # half a millisecond: little above 4 kHz
+    loudness = (10 * np.sqrt(2 / pitch) * voice)[(begin // BLOCK).astype(int).clip(max=n - 1), None]
+    source[HALF + sample] += loudness * (1 - np.cos(np.pi / 4 * (sample - begin[:, None])))
+    fade = np.hanning(BLOCK + 1)[:-1].astype(np.float32)
+    fade = np.pad(fade, (0, HALF)) + np.pad(fade, (HALF, 0))  # these windows add up to one
+    segments = np.lib.stride_tricks.sliding_window_view(source, BLOCK + HALF)[::BLOCK][:n] * fade
+    spectrum = scipy.fft.rfft(segments, 3 * BLOCK) * response(control, share[:, None])[which]
+    filtered = scipy.fft.irfft(spectrum, 3 * BLOCK).reshape(n, 3, BLOCK)
+    sound = np.zeros((n + 2, BLOCK), np.float32)
+    for k in range(3):  # overlap-add
+        sound[k : n + k] += filtered[:, k]
+    sound = sound.ravel()[HALF : HALF + S]
+    return sound * np.float32(0.7 / max(sound.max(), -sound.min()))
 
-    def resonance(k, width):  # 1 / response, (B, n, F)
-        return 1 - (f / control[..., k, None]) ** 2 + 1j * (width * f / control[..., k, None] ** 2)
 
-    voiced = resonance(0, 80) * resonance(1, 110) * resonance(2, 170) * (1 + (f / 500) ** 2)
-    spectrum = share[..., None] / voiced + (1 - share)[..., None] ** 2 * (f / 2000) / resonance(5, 1800)
-    window = np.hanning(2 * HOP + 1)[:-1].astype(np.float32)
-    segments = (
-        np.lib.stride_tricks.sliding_window_view(source, 2 * HOP, axis=1)[:, ::HOP][:, : 2 * n] * window
-    )
-    segments = np.fft.rfft(segments, 4 * HOP).reshape(B, n, 2, -1) * spectrum[:, :, None]
-    filtered = np.fft.irfft(segments, 4 * HOP).reshape(B, 2 * n, 4 * HOP)
-    sound = np.zeros((B, (2 * n + 3) * HOP), np.float32)
-    for k in range(4):  # overlap-add
-        sound[:, k * HOP : (2 * n + k) * HOP] += filtered[:, :, k * HOP : (k + 1) * HOP].reshape(B, -1)
-    sound = sound[:, HOP : HOP + S]
-    return 0.7 * sound / np.abs(sound).max(axis=1, keepdims=True)
+def response(control, share):
+    """Filters of voice and noise together, mixed by the voice's share (N, 1): control (N, 6) -> complex64 (N, F)."""
+    hertz = np.fft.rfftfreq(3 * BLOCK, 1 / SAMPLE_RATE).astype(np.float32)
+
+    def resonance(k, width):  # 1 / response
+        f = hertz / control[:, k, None]
+        return 1 - f * f + 1j * (f * (np.float32(width) / control[:, k, None]))
+
+    voiced = resonance(0, 80) * resonance(1, 110) * resonance(2, 170) * (1 + (hertz / 500) ** 2)
+    return share / voiced + (1 - share) ** 2 * (hertz / 2000) / resonance(5, 1800)
 
 
 NOISE = 0.002  # std of the observation noise of every coordinate
 COARTICULATION = 0.45  # double pole of the articulators' filter: about 50 ms
+TURN, STEEP = 0.3, 3.0  # how far the head turns, in radians; how soon, in standard deviations of the sway
+LIGHT = 0.4  # the noise is exp(LIGHT) times NOISE on one side and exp(-LIGHT) times on the other
+LIP = 0.006  # twice the distance of lips that would just touch
 
 
 def mean_face():
@@ -173,6 +189,7 @@ def other_modes(p):
     x, y = p[:, 0], p[:, 1]
     z = 0.16 - 1.9 * x**2 - 0.5 * (y - 0.03) ** 2  # depth: the nose is nearest
     z[27:36] += [0.02, 0.05, 0.08, 0.11, 0.05, 0.06, 0.07, 0.06, 0.05]
+    z -= z.mean()  # the head turns about its own centre
     one, none = np.ones(68), np.zeros(68)
     brow, lids, cheek = np.zeros((68, 2)), np.zeros((68, 2)), np.zeros((68, 2))
     brow[17:27, 1] = -np.array([0.7, 0.9, 1, 1, 0.9, 0.9, 1, 1, 0.9, 0.7])
@@ -186,11 +203,11 @@ def other_modes(p):
     mouth[48:68] = (p[48:68] - p[48:68].mean(0)) * [10, 4]
     brows[17:27, 1] = 1
     return [
-        ("tx", np.stack([one, none], 1), 0.93, 0.020),
+        ("tx", np.stack([one, none], 1), 0.95, 0.020),
         ("ty", np.stack([none, one], 1), 0.93, 0.014),
         ("scale", p, 0.95, 0.035),
         ("roll", np.stack([-y, x], 1), 0.93, 0.055),
-        ("yaw", np.stack([z, none], 1), 0.95, 0.10),
+        ("yaw", np.stack([z, none], 1), 0.95, 0.07),
         ("pitch", np.stack([none, z], 1), 0.95, 0.08),
         ("brow", brow, 0.85, 0.007),
         ("lids", lids, 0.80, 0.004),
@@ -203,64 +220,147 @@ def other_modes(p):
     ]
 
 
+class Bend:
+    """A smooth invertible map of a frame, x (..., D) -> y (..., D), with a known Jacobian: three habits of a face.
+
+    Looking left or right: u = (x - mean) @ reads is a number that no other step changes, phi = tanh(u) hardly ever lies
+    between its two values, and y moves by phi along `turn`. A window on one side: the coordinates (x - mean) @ rest,
+    orthonormal, grow by exp(light phi). Lips that cannot cross: the gap between the points of each pair goes through
+    (gap + sqrt(gap^2 + lip^2)) / 2, a softplus of algebra with an inverse of algebra. reads @ turn = reads @ rest = 0:
+    the first two are an affine coupling in other axes."""
+
+    def __init__(self, mean, reads, turn, rest, pairs, light, lip):
+        assert np.allclose(reads @ turn, 0) and np.allclose(reads @ rest, 0)
+        self.mean, self.reads, self.turn, self.rest, self.pairs = mean, reads, turn, rest, pairs
+        self.light, self.lip = light, lip
+
+    def side(self, x):
+        """phi (...): -1 looks left (to smaller x), 1 looks right; the same for x and for y with its lips undone."""
+        return np.tanh((x - self.mean) @ self.reads)
+
+    def forward(self, x):
+        phi = self.side(x)[..., None]
+        rest = (x - self.mean) @ self.rest
+        y = x + phi * self.turn + (rest * np.expm1(self.light * phi)) @ self.rest.T
+        upper, lower = self.pairs
+        gap = y[..., lower] - y[..., upper]
+        return self.open_lips(y, (np.sqrt(gap**2 + self.lip**2) - gap) / 2)
+
+    def inverse(self, y):
+        """y -> x and log |det dy/dx| (...)."""
+        upper, lower = self.pairs
+        gap = y[..., lower] - y[..., upper]
+        x = self.open_lips(y, -(self.lip**2) / (4 * gap))
+        slope = np.where(
+            gap > 0, 1 / (1 + (self.lip / (2 * gap)) ** 2), np.inf
+        )  # crossed lips have density 0
+        phi = self.side(x)
+        rest = (x - self.mean) @ self.rest
+        x = x - phi[..., None] * self.turn + (rest * np.expm1(-self.light * phi[..., None])) @ self.rest.T
+        return x, np.log(slope).sum(-1) + self.light * phi * self.rest.shape[1]
+
+    def open_lips(self, x, by):
+        """Move the points of each pair apart by `by` (..., pairs)."""
+        upper, lower = self.pairs
+        x = x.copy()
+        x[..., upper] -= by / 2
+        x[..., lower] += by / 2
+        return x
+
+
 class SyntheticFace:
     """The exact distribution of the synthetic landmarks given the sound.
 
     x_t = mean + articulation_t @ modes + sum_j u_(j,t) drawing_j + N(0, NOISE^2)                     (136 coordinates)
+    y_t = bend(x_t)                                                                                 (the landmarks)
     where articulation is a fixed causal filter of the phones' targets, and u_j is an AR(2) with a double pole (the four
-    articulators' variations, head, brows, lids) or a constant of the clip (identity). Linear and Gaussian: the state
-    of all u_j and their last values is followed exactly by a Kalman filter."""
+    articulators' variations, head, brows, lids) or a constant of the clip (identity). x is linear and Gaussian: a
+    Kalman filter follows the state of all u_j and their last values exactly. y is neither, and stays as exact: a head
+    that sways to one side looks to that side and steps into other light, and lips cannot cross. gaussian: y = x."""
 
-    def __init__(self):
+    def __init__(self, gaussian=False):
         p = mean_face()
         self.mean = (p + [0.5, 0.47]).reshape(136)
         self.modes = articulator_modes(p).reshape(4, 136)
-        sources = [(mode, 0.70, std) for mode, std in zip(self.modes, (0.07, 0.12, 0.10, 0.08))]
-        sources += [(mode.reshape(136), pole, std) for _, mode, pole, std in other_modes(p)]
-        self.drawings = np.stack([mode for mode, _, _ in sources])  # (J, 136)
-        self.dynamics = [(pole, std) for _, pole, std in sources]
+        sources = [("", mode, 0.70, std) for mode, std in zip(self.modes, (0.07, 0.12, 0.10, 0.08))]
+        sources += [(name, mode.reshape(136), pole, std) for name, mode, pole, std in other_modes(p)]
+        names = [name for name, *_ in sources]
+        self.drawings = np.stack([mode for _, mode, _, _ in sources])  # (J, 136)
+        self.dynamics = [(pole, std) for *_, pole, std in sources]
+        u, singular, _ = np.linalg.svd(self.drawings.T)
+        self.span, rest = np.split(
+            u, [int((singular > 1e-9 * singular[0]).sum())], axis=1
+        )  # (136, r), the others
+        sway, std = names.index("tx"), dict(zip(names, self.dynamics))["tx"][1]
+        reads = np.linalg.pinv(self.drawings)[:, sway] * (STEEP / std)  # blind to every drawing but the sway
+        pairs = 2 * np.array([[61, 62, 63], [67, 66, 65]]) + 1  # y of the inner lips
+        turn = TURN * self.drawings[names.index("yaw")]
+        self.yaw = np.linalg.pinv(self.drawings)[:, names.index("yaw")] / TURN
+        self.bend = None if gaussian else Bend(self.mean, reads, turn, rest, pairs, LIGHT, LIP)
 
     def mean_given_sound(self, articulation):
-        """Exact E[x | sound]: articulation (..., T, 4) -> (..., T, 136)."""
-        return self.mean + articulation @ self.modes
+        """Exact E[y | sound]: articulation (..., T, 4) -> (..., T, 136). The head has no side on average."""
+        x = self.mean + articulation @ self.modes
+        if self.bend is None:
+            return x
+        upper, lower = self.bend.pairs
+        spread = (self.drawings[:, lower] - self.drawings[:, upper]) * [[std] for _, std in self.dynamics]
+        spread = np.sqrt((spread**2).sum(0) + 2 * NOISE**2)  # (3,): the gaps are Gaussian before the bend
+        nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+        gap = (x[..., lower] - x[..., upper])[..., None] + spread[:, None] * nodes  # (..., T, 3, 64)
+        by = (np.sqrt(gap**2 + self.bend.lip**2) - gap) / 2 @ (weights / weights.sum())
+        return self.bend.open_lips(x, by)
+
+    def turned(self, landmarks):
+        """How far heads are turned, (..., 136) -> (...): near -1 they look left (to smaller x), near 1 right."""
+        return (landmarks - self.mean) @ self.yaw
 
     def draw(self, articulation, rng):
-        """Exact samples of p(x | sound): articulation (B, T, 4) -> (B, T, 136)."""
+        """Exact samples of p(y | sound): articulation (B, T, 4) -> (B, T, 136)."""
         B, T, _ = articulation.shape
-        values = np.empty((B, T, len(self.dynamics)))
-        for j, (pole, std) in enumerate(self.dynamics):
-            values[:, :, j] = std * smooth_noise(rng, B, T, pole)
-        return (
-            self.mean_given_sound(articulation)
-            + values @ self.drawings
-            + NOISE * rng.normal(size=(B, T, 136))
-        )
+        pole, std = np.array([(1 if pole is None else pole, std) for pole, std in self.dynamics]).T
+        x = self.mean + articulation @ self.modes + std * smooth_noise(rng, B, T, pole) @ self.drawings
+        x += NOISE * rng.normal(size=x.shape)
+        return x if self.bend is None else self.bend.forward(x)
 
     def nll(self, landmarks, articulation):
-        """Exact -log p(x | sound) of whole clips, nats per coordinate: (B, T, 136), (B, T, 4) -> (B,).
+        """Exact -log p(y | sound) of whole clips, nats per coordinate: (B, T, 136), (B, T, 4) -> (B,).
 
-        In the span of the drawings (r directions) a Kalman filter; in the other 136 - r directions only noise. The
-        filter's covariances do not depend on the data: one pass over time serves all clips."""
-        y = np.asarray(landmarks, np.float64) - self.mean_given_sound(np.asarray(articulation, np.float64))
-        B, T, D = y.shape
-        u, singular, _ = np.linalg.svd(self.drawings.T, full_matrices=False)
-        u = u[:, singular > 1e-9 * singular[0]]  # (136, r)
-        w = y @ u  # (B, T, r)
-        r = u.shape[1]
-        nll = 0.5 * ((y**2).sum((1, 2)) - (w**2).sum((1, 2))) / NOISE**2
-        nll += 0.5 * T * (D - r) * np.log(2 * np.pi * NOISE**2)
-        A, Q, P, H = self.state_space(u)
+        -log p(x | sound) + log |det dy/dx|. In the span of the drawings (r directions) a Kalman filter; in the other
+        136 - r directions only noise."""
+        x, articulation = np.asarray(landmarks, np.float64), np.asarray(articulation, np.float64)
+        x, logdet = (x, np.zeros(x.shape[:2])) if self.bend is None else self.bend.inverse(x)
+        x = x - self.mean - articulation @ self.modes
+        B, T, D = x.shape
+        w = x @ self.span  # (B, T, r)
+        nll = logdet.sum(1) + 0.5 * ((x**2).sum((1, 2)) - (w**2).sum((1, 2))) / NOISE**2
+        nll += 0.5 * T * (D - w.shape[2]) * np.log(2 * np.pi * NOISE**2)
+        A, H, frames = self.kalman(T)
         m = np.zeros((B, len(A)))
-        for t in range(T):
-            if t:
-                m, P = m @ A.T, A @ P @ A.T + Q
-            S = H @ P @ H.T + NOISE**2 * np.eye(r)  # covariance of the innovation
-            e = w[:, t] - m @ H.T  # (B, r)
-            gain = np.linalg.solve(S, H @ P)  # (r, n)
-            nll += 0.5 * ((e * np.linalg.solve(S, e.T).T).sum(1) + np.linalg.slogdet(2 * np.pi * S)[1])
-            m, P = m + e @ gain, P - gain.T @ S @ gain
-            P = (P + P.T) / 2
+        for t, (whiten, gain, half_logdet) in enumerate(frames):
+            m = m @ A.T if t else m
+            e = w[:, t] - m @ H.T  # the innovation (B, r)
+            nll += 0.5 * ((e @ whiten) ** 2).sum(1) + half_logdet
+            m = m + e @ gain
         return nll / (T * D)
+
+    @functools.cache
+    def kalman(self, T):
+        """A, H, and of each frame what whitens its innovation (r, r), its gain (r, n) and half its log det(2 pi S).
+
+        The covariances do not depend on the data: one pass over time serves all clips of T frames."""
+        A, Q, P, H = self.state_space(self.span)
+        frames = []
+        for t in range(T):
+            P = A @ P @ A.T + Q if t else P
+            S = H @ P @ H.T + NOISE**2 * np.eye(len(H))  # covariance of the innovation
+            gain = np.linalg.solve(S, H @ P)
+            frames.append(
+                (np.linalg.cholesky(np.linalg.inv(S)), gain, 0.5 * np.linalg.slogdet(2 * np.pi * S)[1])
+            )
+            P = P - gain.T @ S @ gain
+            P = (P + P.T) / 2
+        return A, H, frames
 
     def state_space(self, u):
         """A, Q, P0 (n, n) and H (r, n) of the state that holds every u_(j,t) and u_(j,t-1), seen through u.T."""
@@ -281,17 +381,15 @@ class SyntheticFace:
         return A, Q, P, H
 
 
-def smooth_noise(rng, B, T, pole):
-    """Stationary AR(2) noise of unit variance with a double pole (None: constant in time): (B, T)."""
-    if pole is None:
-        return np.repeat(rng.normal(size=(B, 1)), T, axis=1)
-    e = rng.normal(size=(B, T)) * np.sqrt((1 - pole**2) ** 3 / (1 + pole**2))
-    out = np.empty((B, T))
-    lag1 = 2 * pole / (1 + pole**2)
-    before = rng.normal(size=B)
-    now = lag1 * before + np.sqrt(1 - lag1**2) * rng.normal(size=B)
+def smooth_noise(rng, B, T, poles):
+    """Stationary AR(2) noises of unit variance with double poles (J,), 1 for a constant in time: (B, T, J)."""
+    lag1 = 2 * poles / (1 + poles**2)
+    innovation = np.sqrt((1 - poles**2) ** 3 / (1 + poles**2))
+    out = rng.normal(size=(B, T, len(poles))) * innovation
+    before = rng.normal(size=(B, len(poles)))
+    now = lag1 * before + np.sqrt(1 - lag1**2) * rng.normal(size=(B, len(poles)))
     for t in range(T):
-        before, now = now, 2 * pole * now - pole**2 * before + e[:, t]
+        before, now = now, 2 * poles * now - poles**2 * before + out[:, t]
         out[:, t] = now
     return out
 
