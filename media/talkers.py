@@ -11,7 +11,7 @@ FPS = 25
 BLOCK, HALF = 256, 128  # samples that one filter of the voice serves, 16 ms; its fades
 
 
-#        name  F1   F2    F3   voice noise noise Hz   open  width  pout press     (targets of the four articulators)
+#        name  F1   F2    F3   voice noise noise Hz   open  width  pout press  (the articulators' targets)
 PHONES = [
     ("sil", 500, 1500, 2500, 0.00, 0.003, 3000, 0.05, 0.00, 0.00, 0.25),
     ("aa", 740, 1150, 2500, 1.00, 0.000, 3000, 1.00, 0.05, 0.00, 0.00),
@@ -37,7 +37,7 @@ TARGETS = np.array([p[7:] for p in PHONES], float)  # (14, 4): open width pout p
 
 
 def say(clips, frames, rng):
-    """Random syllables: consonant (2-3 frames) + vowel (3-6), 12 % pauses, silence first and last -> (B, T) phones."""
+    """Random syllables, consonant (2-3 frames) and vowel (3-6), 12 % pauses, silence at both ends: (B, T)."""
     phones = np.zeros((clips, frames), int)
     for row in phones:
         t = rng.integers(3, 7)
@@ -60,9 +60,10 @@ def synthesize(phones, rng):
 def utter(phones, rng):
     """Phones (T,) -> sound (T * 640,).
 
-    A glottal pulse train with a wandering pitch, and noise, through a filter that changes every 16 ms: three resonators
-    at the formants for the voice, one for the noise. Short-time Fourier filtering with overlap-add needs no loop over
-    samples. All of it is causal: no sample before a phone's first frame depends on the phone."""
+    A glottal pulse train with a wandering pitch, and noise, through a filter that changes every 16 ms: three
+    resonators at the formants for the voice, one for the noise. Short-time Fourier filtering with overlap-add
+    needs no loop over samples. All of it is causal: no sample before a phone's first frame depends on the
+    phone."""
     S = len(phones) * SAMPLE_RATE // FPS
     n = S // BLOCK + 1  # filters
     heard = phones[
@@ -98,7 +99,7 @@ def utter(phones, rng):
 
 
 def response(control, share):
-    """Filters of voice and noise together, mixed by the voice's share (N, 1): control (N, 6) -> complex64 (N, F)."""
+    """Filters of voice and noise, mixed by the voice's share (N, 1): control (N, 6) -> complex64 (N, F)."""
     hertz = np.fft.rfftfreq(3 * BLOCK, 1 / SAMPLE_RATE).astype(np.float32)
 
     def resonance(k, width):  # 1 / response
@@ -221,13 +222,13 @@ def other_modes(p):
 
 
 class Bend:
-    """A smooth invertible map of a frame, x (..., D) -> y (..., D), with a known Jacobian: three habits of a face.
+    """Three habits of a face: a smooth invertible map of a frame, x (..., D) -> y (..., D), of known Jacobian.
 
-    Looking left or right: u = (x - mean) @ reads is a number that no other step changes, phi = tanh(u) hardly ever lies
-    between its two values, and y moves by phi along `turn`. A window on one side: the coordinates (x - mean) @ rest,
-    orthonormal, grow by exp(light phi). Lips that cannot cross: the gap between the points of each pair goes through
-    (gap + sqrt(gap^2 + lip^2)) / 2, a softplus of algebra with an inverse of algebra. reads @ turn = reads @ rest = 0:
-    the first two are an affine coupling in other axes."""
+    Looking left or right: u = (x - mean) @ reads, the sway, is left as it is; phi = tanh(u) is seldom far
+    from -1 or 1, and y moves by phi along `turn`. Light from one side: the coordinates (x - mean) @ rest,
+    orthonormal, grow by exp(light phi). Because reads @ turn = reads @ rest = 0, these two are an affine
+    coupling in other axes. Lips that cannot cross: the gap of each pair of points becomes (gap + sqrt(gap^2 +
+    lip^2)) / 2, a softplus whose inverse is algebra."""
 
     def __init__(self, mean, reads, turn, rest, pairs, light, lip):
         assert np.allclose(reads @ turn, 0) and np.allclose(reads @ rest, 0)
@@ -235,7 +236,7 @@ class Bend:
         self.light, self.lip = light, lip
 
     def side(self, x):
-        """phi (...): -1 looks left (to smaller x), 1 looks right; the same for x and for y with its lips undone."""
+        """phi (...) of x, or of y before its lips: -1 looks left (to smaller x), 1 looks right."""
         return np.tanh((x - self.mean) @ self.reads)
 
     def forward(self, x):
@@ -271,12 +272,13 @@ class Bend:
 class SyntheticFace:
     """The exact distribution of the synthetic landmarks given the sound.
 
-    x_t = mean + articulation_t @ modes + sum_j u_(j,t) drawing_j + N(0, NOISE^2)                     (136 coordinates)
-    y_t = bend(x_t)                                                                                 (the landmarks)
-    where articulation is a fixed causal filter of the phones' targets, and u_j is an AR(2) with a double pole (the four
-    articulators' variations, head, brows, lids) or a constant of the clip (identity). x is linear and Gaussian: a
-    Kalman filter follows the state of all u_j and their last values exactly. y is neither, and stays as exact: a head
-    that sways to one side looks to that side and steps into other light, and lips cannot cross. gaussian: y = x."""
+    x_t = mean + articulation_t @ modes + sum_j u_(j,t) drawing_j + N(0, NOISE^2)     (136 coordinates)
+    y_t = bend(x_t)                                                                   (the landmarks)
+    where articulation is a fixed causal filter of the phones' targets, and u_j is an AR(2)
+    with a double pole (the four articulators' variations, head, brows, lids) or a constant of the clip
+    (identity). x is linear and Gaussian given the sound: a Kalman filter follows the state of all u_j and
+    their last values exactly. y is neither, and as exact: who sways to one side looks to that side and stands
+    in other light, and lips cannot cross. gaussian: without the bend, y = x."""
 
     def __init__(self, gaussian=False):
         p = mean_face()
@@ -312,7 +314,7 @@ class SyntheticFace:
         return self.bend.open_lips(x, by)
 
     def turned(self, landmarks):
-        """How far heads are turned, (..., 136) -> (...): near -1 they look left (to smaller x), near 1 right."""
+        """How far heads are turned, (..., 136) -> (...): near -1 to the left (smaller x), near 1 right."""
         return (landmarks - self.mean) @ self.yaw
 
     def draw(self, articulation, rng):
@@ -326,8 +328,8 @@ class SyntheticFace:
     def nll(self, landmarks, articulation):
         """Exact -log p(y | sound) of whole clips, nats per coordinate: (B, T, 136), (B, T, 4) -> (B,).
 
-        -log p(x | sound) + log |det dy/dx|. In the span of the drawings (r directions) a Kalman filter; in the other
-        136 - r directions only noise."""
+        -log p(x | sound) + log |det dy/dx|; for x a Kalman filter in the span of the drawings (r directions),
+        only noise in the other 136 - r."""
         x, articulation = np.asarray(landmarks, np.float64), np.asarray(articulation, np.float64)
         x, logdet = (x, np.zeros(x.shape[:2])) if self.bend is None else self.bend.inverse(x)
         x = x - self.mean - articulation @ self.modes
@@ -346,7 +348,7 @@ class SyntheticFace:
 
     @functools.cache
     def kalman(self, T):
-        """A, H, and of each frame what whitens its innovation (r, r), its gain (r, n) and half its log det(2 pi S).
+        """A, H, and for each frame what whitens its innovation (r, r), the gain (r, n), half log det(2 pi S).
 
         The covariances do not depend on the data: one pass over time serves all clips of T frames."""
         A, Q, P, H = self.state_space(self.span)
@@ -363,7 +365,7 @@ class SyntheticFace:
         return A, H, frames
 
     def state_space(self, u):
-        """A, Q, P0 (n, n) and H (r, n) of the state that holds every u_(j,t) and u_(j,t-1), seen through u.T."""
+        """A, Q, P0 (n, n), H (r, n) of the state that holds every u_(j,t) and u_(j,t-1), seen through u.T."""
         n = sum(1 if pole is None else 2 for pole, _ in self.dynamics)
         A, Q, P, H = np.zeros((n, n)), np.zeros((n, n)), np.zeros((n, n)), np.zeros((u.shape[1], n))
         i = 0
@@ -382,7 +384,7 @@ class SyntheticFace:
 
 
 def smooth_noise(rng, B, T, poles):
-    """Stationary AR(2) noises of unit variance with double poles (J,), 1 for a constant in time: (B, T, J)."""
+    """Stationary AR(2) noises of unit variance with double poles (J,), 1 for a constant: (B, T, J)."""
     lag1 = 2 * poles / (1 + poles**2)
     innovation = np.sqrt((1 - poles**2) ** 3 / (1 + poles**2))
     out = rng.normal(size=(B, T, len(poles))) * innovation
