@@ -111,9 +111,9 @@ def response(control, share):
 
 
 NOISE = 0.002  # std of the observation noise of every coordinate
-COARTICULATION = 0.45  # double pole of the articulators' filter: about 50 ms
-TURN, STEEP = 0.3, 3.0  # how far the head turns, in radians; how soon, in standard deviations of the sway
-LIGHT = 0.4  # the noise is exp(LIGHT) times NOISE on one side and exp(-LIGHT) times on the other
+COARTICULATION = 0.5  # double pole of the articulators' filter: two frames late
+TURN, STEEP = 0.25, 3.0  # how far the head turns, in radians; how soon, in standard deviations of the sway
+LIGHT = 0.35  # the noise is exp(LIGHT) times NOISE on one side and exp(-LIGHT) times on the other
 LIP = 0.006  # twice the distance of lips that would just touch
 
 
@@ -222,7 +222,7 @@ def other_modes(p):
 
 
 class Bend:
-    """Three habits of a face: a smooth invertible map of a frame, x (..., D) -> y (..., D), of known Jacobian.
+    """Three habits of a face: a smooth invertible map of a frame, x (..., D) -> y (..., D), with its Jacobian.
 
     Looking left or right: u = (x - mean) @ reads, the sway, is left as it is; phi = tanh(u) is seldom far
     from -1 or 1, and y moves by phi along `turn`. Light from one side: the coordinates (x - mean) @ rest,
