@@ -110,8 +110,8 @@ def response(control, share):
     return share / voiced + (1 - share) ** 2 * (hertz / 2000) / resonance(5, 1800)
 
 
-NOISE = 0.002  # std of the observation noise of every coordinate
-COARTICULATION = 0.5  # double pole of the articulators' filter: two frames late
+NOISE = 0.0025  # std of the observation noise of every coordinate
+COARTICULATION = 0.55  # double pole of the articulators' filter: about 100 ms
 TURN, STEEP = 0.25, 3.0  # how far the head turns, in radians; how soon, in standard deviations of the sway
 LIGHT = 0.35  # the noise is exp(LIGHT) times NOISE on one side and exp(-LIGHT) times on the other
 LIP = 0.006  # twice the distance of lips that would just touch
