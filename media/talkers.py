@@ -111,9 +111,9 @@ def response(control, share):
 
 
 NOISE = 0.0025  # std of the observation noise of every coordinate
-COARTICULATION = 0.55  # double pole of the articulators' filter: about 100 ms
+COARTICULATION = 0.5  # double pole of the articulators' filter: about 80 ms
 TURN, STEEP = 0.25, 3.0  # how far the head turns, in radians; how soon, in standard deviations of the sway
-LIGHT = 0.35  # the noise is exp(LIGHT) times NOISE on one side and exp(-LIGHT) times on the other
+LIGHT = 0.38  # the noise is exp(LIGHT) times NOISE on one side and exp(-LIGHT) times on the other
 LIP = 0.006  # twice the distance of lips that would just touch
 
 
@@ -397,8 +397,10 @@ def smooth_noise(rng, B, T, poles):
 
 
 def articulate(phones):
-    """Phones (B, T) -> articulation (B, T, 4): the targets through a critically damped causal filter."""
-    targets, rho = TARGETS[phones], COARTICULATION
+    """Phones (B, T) -> articulation (B, T, 4): the targets through a critically damped causal filter.
+
+    The lips start a frame after the sound: by then it can be told which phone it is."""
+    rho, targets = COARTICULATION, TARGETS[np.pad(phones, ((0, 0), (1, 0)), "edge")[:, :-1]]
     out = np.empty_like(targets)
     before = now = targets[:, 0]
     for t in range(targets.shape[1]):
