@@ -222,7 +222,7 @@ def other_modes(p):
 
 
 class Bend:
-    """Three habits of a face: a smooth invertible map of a frame, x (..., D) -> y (..., D), with its Jacobian.
+    """Three habits of a face: a smooth invertible map of a frame x (..., D) -> y (..., D), with its Jacobian.
 
     Looking left or right: u = (x - mean) @ reads, the sway, is left as it is; phi = tanh(u) is seldom far
     from -1 or 1, and y moves by phi along `turn`. Light from one side: the coordinates (x - mean) @ rest,

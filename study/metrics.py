@@ -338,6 +338,8 @@ def measure(flow, clips, split="test", limit=64, seed=0):
     figures["mouth_jitter"] = jitter(mouth_opening(points(draw)), mouth_opening(points(x)))
     figures["velocity_autocorrelation"] = velocity_autocorrelation(head(draw))
     figures["velocity_autocorrelation_truth"] = velocity_autocorrelation(head(x))
+    if "modes" in clips.meta:  # of the synthetic talkers
+        figures["sides"], figures["sides_truth"] = sides(draw), sides(x)
     generator = torch.Generator().manual_seed(seed + 1)
     training = clips.batch(clips.windows("train", T, 3000), T, 0, config.noise, generator)[0]
     for order in (2, 3):
@@ -350,6 +352,12 @@ def measure(flow, clips, split="test", limit=64, seed=0):
 def jitter(track, truth):
     """Roughness of tracks (N, T, ...) over the truth's."""
     return ratio(np.stack([roughness(track), roughness(truth)], 1).sum(0))
+
+
+def sides(track):
+    """Shares of the frames (N, T, 136) in which synthetic talkers look left, ahead and right."""
+    turned = SyntheticFace().turned(track)
+    return [float(share.mean()) for share in (turned < -0.5, np.abs(turned) <= 0.5, turned > 0.5)]
 
 
 def report(figures):
@@ -371,7 +379,11 @@ def report(figures):
         "of the recording plus the training noise; the rest against the recording itself)",
         nll("flow", f["nll"]),
         *(nll(f"VAR({p}), no sound", f[f"var{p}"]) for p in (2, 3)),
-        *([f"  {'optimum':20} {optimum:9.4f}   exact, by Kalman filter"] if optimum is not None else []),
+        *(
+            [f"  {'optimum':20} {optimum:9.4f}   exact: Kalman filter, change of variables"]
+            if optimum is not None
+            else []
+        ),
         f"  {'audio gain':20} {f['audio_gain']:9.2f}   nats a frame lost with another clip's sound",
         f"  {'head jitter':20} {f['head_jitter']:9.2f}   of the recording's (mouth {f['mouth_jitter']:.2f})",
         f"  {'head velocity autoc.':20} {f['velocity_autocorrelation']:9.2f}   "
@@ -379,4 +391,7 @@ def report(figures):
         two("mouth correlation", "mouth_correlation", 2, exact),
         two("L_MOR", "l_mor", 4),
     ]
+    if "sides" in f:
+        draw, truth = (" ".join(f"{share:.2f}" for share in f[name]) for name in ("sides", "sides_truth"))
+        lines.append(f"  {'left, ahead, right':20} {draw}   of one sample's frames; the recording's {truth}")
     return "\n".join(lines)

@@ -340,7 +340,7 @@ def test_the_exact_row_is_at_the_optimum_that_the_folder_states(held):
     assert np.allclose(outcome.nll, [clip["optimal_nll"] for clip, _ in held.windows], atol=1e-6)
     row = evaluate.score("exact", outcome, held, None)
     columns = row.columns
-    assert abs(columns["gap"]["mean"]) < 1e-9 and columns["gain"]["mean"] > 10
+    assert abs(columns["gap"]["mean"]) < 1e-9 and columns["gain"]["mean"] > 5
     assert 0.9 < columns["jitter_head"]["mean"] < 1.1 and 0.4 < columns["coverage50"]["mean"] < 0.6
     assert row.central["l_mor"]["mean"] < columns["l_mor"]["mean"]  # a draw pays for being honest
     mean = evaluate.score("exact", mean, held, None)
