@@ -66,11 +66,11 @@ def utter(phones, rng):
     phone."""
     S = len(phones) * SAMPLE_RATE // FPS
     n = S // BLOCK + 1  # filters
-    heard = phones[
-        ((2 * np.arange(n) - 1) * BLOCK // 2 * FPS // SAMPLE_RATE).clip(0)
-    ]  # one fades in before its block
+    fades_in = (np.arange(n) * BLOCK - HALF).clip(0)  # a filter, before its block
+    heard = phones[fades_in * FPS // SAMPLE_RATE]
     since = np.concatenate([heard[:1], heard[:1], heard])  # glide: over three blocks
     glides, which = np.unique(np.stack([since[:-2], since[1:-1], heard]), axis=1, return_inverse=True)
+    which = which.ravel()  # one version of NumPy gives it two dimensions
     control = np.float32([0.25, 0.5, 0.25]) @ VOICE[glides.T]  # (N, 6), N a quarter of n
     control[:, :3] *= rng.uniform(0.95, 1.05)  # a longer or shorter throat
     share = control[:, 3] / (control[:, 3] + control[:, 4] + 1e-9)  # of the voice in the sound
@@ -79,9 +79,7 @@ def utter(phones, rng):
     source = np.zeros(HALF + (n + 1) * BLOCK, np.float32)
     hiss = 12**0.5 * (rng.random((n, BLOCK), np.float32) - np.float32(0.5))
     source[HALF:-BLOCK] = (hiss * noise[:, None]).ravel()
-    phase = np.concatenate(
-        [[0], np.cumsum(pitch * (BLOCK / SAMPLE_RATE))]
-    )  # periods by the end of each block
+    phase = np.append(0, np.cumsum(pitch * (BLOCK / SAMPLE_RATE)))  # periods by the end of each block
     begin = np.interp(np.arange(1, phase[-1]), phase, np.arange(n + 1) * BLOCK)  # of each pulse, in samples
     sample = np.ceil(begin).astype(int)[:, None] + np.arange(8)  # half a millisecond: little above 4 kHz
     loudness = (10 * np.sqrt(2 / pitch) * voice)[(begin // BLOCK).astype(int).clip(max=n - 1), None]
