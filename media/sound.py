@@ -54,19 +54,24 @@ class Mel:
         number 0."""
         ends = np.floor(np.arange(start + 1, stop + 1) * self.sample_rate / self.fps).astype(int) - first
         samples = np.concatenate([np.zeros(self.size, np.float32), samples])
-        power = np.zeros((len(ends), len(self.bank)), np.float32)
-        for t, end in enumerate(ends):  # column by column: a product of many columns rounds as it likes
-            spectrum = np.fft.rfft(samples[end : end + self.size] * self.hann)
-            power[t] = self.bank @ (np.abs(spectrum) ** 2).astype(np.float32)
-        return power
+        power = [np.zeros((0, len(self.bank)), np.float32)]
+        for block in np.array_split(ends, len(ends) // 1024 + 1):
+            spectra = np.fft.rfft(samples[block[:, None] + np.arange(self.size)] * self.hann)  # (T, bins)
+            squares = (np.abs(spectra) ** 2).astype(np.float32)
+            # not by BLAS, whose sums round by how many columns it is given: blocks must equal the whole
+            power.append(np.einsum("tb,mb->tm", squares, self.bank, optimize=False))
+        return np.concatenate(power)
 
     def _log(self, power):
         """Mel power (n, M) of the next columns -> their logarithms, less the level that runs along."""
-        columns = np.log(np.maximum(power, FLOOR))
+        power = np.maximum(power, FLOOR)
+        columns = np.log(power)
         if self.level:
-            for t, loudness in enumerate(np.log(np.maximum(power, FLOOR).sum(1))):
+            levels = []
+            for loudness in np.log(power.sum(1)).tolist():
                 self.loudest = max(self.loudest - self.level, loudness, QUIET)
-                columns[t] -= self.loudest
+                levels.append(self.loudest)
+            columns -= np.array(levels, np.float32)[:, None]
         return columns
 
     def _frames(self, samples):
