@@ -501,7 +501,7 @@ def test_every_kind_of_row_runs_on_real_clips(grid, tmp_path, capsys):
     assert prepare_data.main([str(source), "--out", str(tmp_path / "all"), "--jobs", "1"]) in (0, None)
     capsys.readouterr()
     data = small_models(tmp_path / "all", tmp_path / "data")
-    alike = {"tcn", "ar2-no-mean", "lambda-1", "learned-lambda"}  # as flows: one Config is as good as another
+    alike = {"eskimez", "ji", "baseline", "tcn", "iid", "ar2-no-mean", "lambda-1", "learned-lambda"}
     names = [name for name in evaluate.ROWS if name not in {"exact", "checkpoint"} | alike]
     brief = ["--steps", 2, "--sync-steps", 60, "--clips", 3, "--jobs", 1, "--rows", ",".join(names)]
     text, _ = tables(capsys, "--data", data, "--out", tmp_path / "out", *brief)
