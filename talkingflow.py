@@ -57,10 +57,10 @@ from csrc.device import Captured, Processes, choose_device, few_threads
 from csrc.gated_conv import kernel_runs, load_kernel
 from media.checkpoint import describe, read_checkpoint
 from media.console import CLEAR, Interrupt, UserError, write_atomically
-from media.face import Look
 from media.folder import TrainingFolder
 from media.limits import check_config
-from media.sound import Mel
+from media.sound import Mel  # noqa: F401 (part of this file's contract, as is Talker)
+from media.talker import Talker  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------
 # Config: every number of a run. The comments are the text of --help.
@@ -701,7 +701,7 @@ def build_optimizer(flow, config):
     groups = [{"params": p, "scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
     for group in groups:
         group["lr"] = torch.zeros((), device=device)  # a tensor, so that a captured step can be given another
-    return torch.optim.AdamW(groups, fused=True, capturable=device.type == "cuda")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True, capturable=device.type == "cuda")
 
 
 def schedule(step, steps, config):
@@ -890,45 +890,3 @@ def load_checkpoint(path, device="cpu"):
         reason = str(e).splitlines()[-1].strip()
         raise UserError(f"{path}: {reason} vs this version's model. Use the code that trained it")
     return flow.eval().to(device), state
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Sampling: sound in, landmarks out
-
-
-class Talker:
-    """K faces that speak one sound, block by block: samples of the sound in, landmarks (K, n, D) out.
-
-    A face hears `lead` frames ahead, so its frames come that much later; `finish` returns the last of
-    them. Each face draws its own noise (seed, seed + 1, ...), so the number of faces does not change any
-    of them. denoise: without the training noise. look: head, lips and face of media.face.Look.
-    """
-
-    def __init__(self, flow, data, sample_rate, faces=1, temperature=1.0, seed=0, denoise=False, **look):
-        self.mel = Mel(**data["mel"], fps=data["fps"], sample_rate=sample_rate)
-        self.lead, self.device, self.look = flow.config.lead, flow.cond_mean.device, Look(flow, **look)
-        sigma = flow.config.noise * data["interocular"] if denoise else 0.0
-
-        def stream(face, steer):
-            return flow.stream(1, temperature, torch.Generator().manual_seed(seed + face), sigma, steer)
-
-        self.streams = [[stream(face, steer) for face in range(faces)] for steer in self.look.steered]
-        self.waiting = self.lead  # the first columns are only ever heard ahead
-        self.last = np.zeros((0, len(self.mel.bank)), np.float32)
-
-    def speak(self, columns):
-        """Log-mel columns (n, M) -> landmarks (K, n', D), n' < n while the look-ahead fills."""
-        skip = min(self.waiting, len(columns))
-        self.waiting -= skip
-        self.last = columns[-1:] if len(columns) else self.last
-        c = torch.from_numpy(columns[skip:])[None].to(self.device)
-        tracks = [np.concatenate([s.push(c).cpu().numpy() for s in streams]) for streams in self.streams]
-        return self.look(*tracks)
-
-    def push(self, samples):
-        return self.speak(self.mel.push(samples))
-
-    def finish(self):
-        """The frames whose look-ahead lies beyond the end of the sound: its last column stands in."""
-        missing, self.waiting = self.lead - self.waiting, 0  # fewer if the sound is shorter than that
-        return self.speak(np.repeat(self.last, missing, 0))
