@@ -206,7 +206,7 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=0
         "normalisation": "none",
         "mel": mel,
         "sample_rate": SAMPLE_RATE,
-        "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 1200},
+        "defaults": {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 900},
         "skipped": {},
         "clips": [],
         "sources": [
