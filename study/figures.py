@@ -29,9 +29,7 @@ def figure(path, width, height, draw, rows=1, columns=1):
 
 def plot_losses(out, figures):
     """loss.png of a run: train and validation NLL over the steps, and the lines they must be seen against."""
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][
-        1:
-    ]  # step 1 sets no scale
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     def draw(axes):
         ax = axes[0, 0]

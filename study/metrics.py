@@ -349,6 +349,22 @@ def measure(flow, clips, split="test", limit=64, seed=0):
     return figures
 
 
+def anchors(clips, T, noise, batches):
+    """What a validation NLL must be seen against: VAR(3) without sound, {"VAR(3)": nll}, and on synthetic
+    talkers the "optimum". batches: Trainer.held["val"]."""
+    generator = torch.Generator().manual_seed(1)
+    training = clips.batch(clips.windows("train", T, 1000), T, 0, noise, generator)[0]
+    found = {
+        "VAR(3)": float(
+            VectorAutoregression(training, 3).nll(torch.cat([x.cpu() for x, _ in batches])).mean()
+        )
+    }
+    if "optimum" in clips.meta and T == max(clip["frames"] for clip in clips.clips):
+        windows = clips.windows("val", T, sum(len(x) for x, _ in batches))
+        found["optimum"] = float(np.mean([clip["optimal_nll"] for clip, _ in windows]))
+    return found
+
+
 def jitter(track, truth):
     """Roughness of tracks (N, T, ...) over the truth's."""
     return ratio(np.stack([roughness(track), roughness(truth)], 1).sum(0))
