@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from media.console import CLEAR, UserError, bounded, free_name, newest, run_command, write_atomically
+from media.console import (
+    CLEAR,
+    UserError,
+    bounded,
+    free_name,
+    lasting_output,
+    newest,
+    run_command,
+    write_atomically,
+)
 from media.export import WRITERS, write_pictures
 from media.face import read_face
 from media.landmarks import face_box
@@ -25,6 +34,7 @@ from prepare_data import default_folder
 METHOD = Path(__file__).resolve().parent / "talkingflow.py"
 
 
+@lasting_output()
 def train(args):
     """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
     from talkingflow import Trainer

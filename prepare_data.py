@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
-from media.console import Progress, UserError, write_text
+from media.console import Progress, UserError, lasting_output, write_text
 from media.landmarks import face_box, interocular, pieces
 from media.sound import SAMPLE_RATE, Mel
 from media.takes import Skip, read_ready
@@ -1005,6 +1005,7 @@ def check(args):
             raise UserError(f"{flag}: {value} vs {wanted}. Give another value")
 
 
+@lasting_output()
 def main(argv=None):
     """Run a command line -> exit status."""
     args = parser().parse_args(argv)

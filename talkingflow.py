@@ -55,8 +55,8 @@ from torch.utils.checkpoint import checkpoint
 
 from csrc.device import Captured, Processes, choose_device, few_threads
 from csrc.gated_conv import kernel_runs, load_kernel
-from media.checkpoint import describe, read_checkpoint
-from media.console import CLEAR, Interrupt, UserError, write_atomically
+from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
+from media.console import CLEAR, Interrupt, UserError
 from media.folder import TrainingFolder
 from media.limits import check_config
 from media.sound import Mel  # noqa: F401 (part of this file's contract, as is Talker)
@@ -762,12 +762,11 @@ class Trainer:
         self.optimizer = build_optimizer(self.flow, config)
         self.step, self.best = 0, math.inf
         self.fade, self.skipped = torch.zeros(2, device=self.device)  # see `update`
-        # a run that goes on with several processes sees new windows, noise and dropout
-        seed = config.seed + 1000003 * self.rank + (state["step"] if state else 0)
-        self.generator = torch.Generator().manual_seed(seed + 1000003)
-        torch.manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(config.seed + 1000003)  # the same in all processes
+        torch.manual_seed(config.seed + 1000003 * self.rank + (state["step"] if state else 0))  # of dropout
         if state:
-            self.restore(state)
+            with fits(self.out / "resume.pt"):
+                self.restore(state)
         self.choose_precision()
         self.model = self.processes.join(Objective(self.flow))  # after the start, which is the same in all
         graph = self.device.type == "cuda" and self.world == 1
@@ -788,8 +787,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"].fill_(config.lr * share * group["scale"])
         self.fade.fill_(config.mean_loss * max(0.0, 1 - self.step / (0.7 * self.steps)))
-        windows = self.clips.draw(config.batch_size // self.world, self.T, self.generator)
+        windows = self.clips.draw(config.batch_size, self.T, self.generator)
         x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator)
+        x, c = (v[self.rank :: self.world] for v in (x, c))  # so that N processes do what one would
         if self.device.type == "cuda":  # from pinned memory, so that the copy need not wait for the last step
             x, c = (v.pin_memory().to(self.device, non_blocking=True) for v in (x, c))
         self.advance(x, c)
@@ -860,7 +860,7 @@ class Trainer:
     def save(self, name, **more):
         state = {"format": 1, "config": dataclasses.asdict(self.config), "data": describe(self.clips)}
         state |= {"step": self.step, "model": self.flow.state_dict(), **more}
-        write_atomically(self.out / name, lambda path: torch.save(state, path))
+        write_checkpoint(self.out / name, state)
 
     def save_resume(self):
         dropout = (torch.cuda if self.device.type == "cuda" else torch).get_rng_state()
@@ -868,25 +868,23 @@ class Trainer:
         self.save("resume.pt", best=self.best, optimizer=optimizer, generator=generator, torch_rng=dropout)
 
     def restore(self, state):
-        """Go on as if nothing had happened: on one process the same windows, noise and dropout follow."""
+        """Go on as if nothing had happened: the same windows and noise follow, on one process also the same
+        dropout."""
         self.step, self.best = state["step"], state["best"]
         self.flow.load_state_dict(state["model"])
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates):  # the file's lie on the CPU
             group["lr"] = rate
+        self.generator.set_state(state["generator"])
         if self.world == 1:
-            self.generator.set_state(state["generator"])
             (torch.cuda if self.device.type == "cuda" else torch).set_rng_state(state["torch_rng"])
 
 
 def load_checkpoint(path, device="cpu"):
     """A trained flow, ready to sample, and the dict it came from (config, data, step, val_nll)."""
     state = read_checkpoint(path)
-    try:
+    with fits(path), torch.device("meta"):  # sizes only, until they are compared
         flow = TalkingFlow(Config(**state["config"]))
-        flow.load_state_dict(state["model"])
-    except (TypeError, KeyError, RuntimeError) as e:
-        reason = str(e).splitlines()[-1].strip()
-        raise UserError(f"{path}: {reason} vs this version's model. Use the code that trained it")
+        flow.load_state_dict(state["model"], assign=True)
     return flow.eval().to(device), state

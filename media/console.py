@@ -1,10 +1,12 @@
 """The plain parts of every program here: errors in one line, progress, signals, files written whole or not at all."""
 
 import argparse
+import contextlib
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,8 @@ class UserError(ValueError):
     """Something the user can mend, printed as one line: `error: <what>: <found> vs <expected>. <what to do>.`"""
 
 
-CLEAR = "\r\033[K" if sys.stdout.isatty() else ""  # erases a progress line
+# erases a progress line; a program without a window has no stdout
+CLEAR = "\r\033[K" if sys.stdout and sys.stdout.isatty() else ""
 
 
 def write_atomically(path, write):
@@ -33,10 +36,13 @@ def write_atomically(path, write):
 
 
 class Interrupt:
-    """Ctrl-C and kill ask for a stop after the step under way; a second Ctrl-C stops at once."""
+    """Ctrl-C and kill ask for a stop after the step under way; a second Ctrl-C stops at once. In a thread
+    there is nothing to ask: only a program's main thread may handle signals."""
 
     def __enter__(self):
-        self.signal, self.old = 0, {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self.signal, self.old = 0, {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def _ask(self, number, frame):
@@ -73,18 +79,51 @@ def bounded(kind, low, high=math.inf):
     return convert
 
 
+class Lasting:
+    """A stream that work outlives: once its reader has gone, or its disk is full, what is printed is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def _try(self, do, *args):
+        try:
+            return do(*args)
+        except OSError:  # the same file from now on leads nowhere, for what still waits in its buffer too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text):
+        return self._try(self.stream.write, text)
+
+    def flush(self):
+        return self._try(self.stream.flush)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lasting_output():
+    """Whatever happens to stdout and stderr (`train | head -1`) ends the pipe and not the work."""
+    out, err = (stream and Lasting(stream) for stream in (sys.stdout, sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
+
+
 def run_command(args):
     """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
     try:
         return args.run(args)
-    except UserError as e:
-        if args.debug:
-            raise
-        print(f"{CLEAR}error: {str(e).rstrip('.')}.", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (UserError, OSError) as e:
+        if args.debug:
+            raise
+        if not isinstance(e, UserError):
+            found = f"{e.filename or 'a file'}: {e.strerror or e}"
+            e = f"{found} vs one that can be read and written. Free some space or choose another place"
+        print(f"{CLEAR}error: {str(e).rstrip('.')}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -104,7 +143,7 @@ class Progress:
 
     def __call__(self, done, note=""):
         self.done, now = done, time.time()
-        tty = sys.stdout.isatty()
+        tty = sys.stdout and sys.stdout.isatty()
         if done < self.total and now - max(self.shown, self.begin) < (0.2 if tty else 15):
             return
         self.shown = now
