@@ -83,11 +83,12 @@ def check_state(state):
         ("layers", layers, 1, len(state["model"])),
         ("frames heard", reach, 1, 100_000),
         ("fps", fps, 1, 1000),
-        ("n_mels", mel["n_mels"], 1, 1000),
+        ("n_mels", mel["n_mels"], config["cond_dim"], config["cond_dim"]),
         ("window", mel["window"], 0.001, 1),
+        ("fmin", mel["fmin"], 0, 1e5),
         ("fmax", mel["fmax"], 1, 1e6),
     ):
-        if not least <= value <= most:
+        if isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{name} {value}")
 
 

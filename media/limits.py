@@ -1,5 +1,6 @@
 """What each number of a Config may be, so that an impossible one is refused before anything slow begins."""
 
+import dataclasses
 import math
 
 from media.console import UserError
@@ -9,6 +10,11 @@ SIZES = "dim cond_dim hidden kernel_size num_scales steps_per_scale batch_size s
 
 def check_config(config):
     """Raises UserError with the flag, the value and what it may be."""
+    for field in dataclasses.fields(config):  # a file may claim anything
+        value, kind = getattr(config, field.name), field.type
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, int) and abs(value) >= 2**63):
+            raise UserError(f"{field.name}: {str(value)[:40]} vs {kind.__name__}. Change --{field.name}")
     L, least = config.num_scales, 2**config.num_scales
     whole = config.dilations and all(isinstance(d, int) and d >= 1 for d in config.dilations)
     for names, holds, expected in (
@@ -22,7 +28,7 @@ def check_config(config):
         ("precision", lambda v: v in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
         ("dilations", lambda v: whole, "one or more whole numbers, each at least 1"),
         ("lambdas", lambda v: len(v) == L, f"one for each of the {L} scales"),
-        ("lambdas", lambda v: all(0 < x < math.inf for x in v), "above 0"),
+        ("lambdas", lambda v: all(0 < x < 1e18 for x in v), "above 0"),
         ("dim", lambda v: v >= least, f"at least 2^num_scales = {least}"),
         ("steps", lambda v: v or config.epochs, "steps or epochs above 0"),
         ("seed", lambda v: 0 <= v < 2**63, "0 or more and below 2^63"),

@@ -95,12 +95,17 @@ def waves(tmp_path_factory):
     np.save(folder / "audio.npy", np.zeros(clips * T * 640, np.int16))
     meta = {"format": 1, "fps": 25, "layout": "ibug68", "normalisation": "face box", "sample_rate": 16000}
     meta |= {"mel": {"n_mels": 40, "fmin": 0.0, "fmax": 8000.0, "window": 0.064, "level": False}}
-    meta |= {"defaults": {"lead": 0, "noise": 0.0022}, "interocular": 0.2, "sources": [], "fingerprint": "waves"}
+    meta |= {
+        "defaults": {"lead": 0, "noise": 0.0022},
+        "interocular": 0.2,
+        "sources": [],
+        "fingerprint": "waves",
+    }
+    place = {"frames": T, "audio_samples": T * 640, "box": [0, 0, 256], "wh": [256, 256], "source": 0}
     meta["clips"] = [
-        {"name": f"{i:02d}", "speaker": "nobody", "split": ("train", "val", "test")[max(0, i - 21)], "source": 0,
-         "start": i * T, "frames": T, "audio_start": i * T * 640, "audio_samples": T * 640, "box": [0, 0, 256],
-         "wh": [256, 256]}
+        {"name": f"{i:02d}", "split": ("train", "val", "test")[max(0, i - 21)], "speaker": "nobody"}
+        | {"start": i * T, "audio_start": i * T * 640, **place}
         for i in range(clips)
-    ]  # fmt: skip
+    ]
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
