@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import sysconfig
 import threading
 import time
 import wave
@@ -392,40 +392,30 @@ def test_a_real_pipe_to_head_ends_alone(waves, tmp_path):
 # --- Machines
 
 
-def as_nobody():
-    """Arguments of subprocess that make a process unable to write where the packages are."""
-    return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-
-
-@pytest.fixture
-def open_folder():
-    """A temporary folder that everyone may write to: pytest's own are closed to others."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o777)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.mark.slow
-def test_a_linked_script_works_for_a_user_without_a_home_and_with_read_only_packages(waves, open_folder):
+def test_a_linked_script_works_without_a_home_and_with_read_only_packages(waves, tmp_path):
     """~/bin/tf.py -> talkingflow.py, no writable HOME, no writable cache of any package."""
-    link = open_folder / "tf.py"
-    link.symlink_to(ROOT / "talkingflow.py")
-    shutil.copytree(waves, open_folder / "waves")
-    sound(open_folder)
-    (open_folder / "sound.wav").chmod(0o644)
+    (tmp_path / "tf.py").symlink_to(ROOT / "talkingflow.py")
+    sound(tmp_path)
+    packages = sysconfig.get_path("purelib")
+    readonly = f"mount --bind {packages} {packages} && mount -o remount,bind,ro {packages} && "
+    readonly += f"! touch {packages}/written 2> /dev/null && "
+    unshare = ["unshare", "-m", "sh", "-c"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*unshare, readonly + "true"], capture_output=True).returncode
+    ):
+        pytest.skip("no unshare, or no right to make packages read-only")
     env = {k: v for k, v in ENV.items() if k not in ("PYTHONPATH", "NUMBA_CACHE_DIR", "MPLCONFIGDIR")}
     env |= {"HOME": "/proc/none", "PYTHONDONTWRITEBYTECODE": "1"}
     for args in (
         ["sample", "--audio", "sound.wav", "--out", "pretrained.npz", "--num-samples", "1"],
-        ["train", "--data", "waves", "--out", "run", "--steps", "2", *SMALL],
+        ["train", "--data", str(waves), "--out", "run", "--steps", "2", *SMALL],
     ):
-        done = subprocess.run([sys.executable, str(link), *args], cwd=open_folder, env=env, text=True,
-                              capture_output=True, timeout=300, **as_nobody())  # fmt: skip
-        if "Permission denied" in done.stderr and str(ROOT) in done.stderr:
-            pytest.skip("the user nobody cannot read this folder")
+        command = readonly + " ".join([sys.executable, "tf.py", *args])
+        done = subprocess.run([*unshare, command], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert (open_folder / "pretrained.npz").is_file() and (open_folder / "run" / "checkpoint.pt").is_file()
+    assert (tmp_path / "pretrained.npz").is_file() and (tmp_path / "run" / "checkpoint.pt").is_file()
 
 
 @pytest.mark.slow
@@ -470,7 +460,7 @@ for main, line in (
     (talkingflow.main, "sample --checkpoint run/checkpoint.pt --audio sound.wav --out x.html"),
     (talkingflow.main, "stream --checkpoint run/checkpoint.pt"),
     (evaluate.main, "--data talkers --checkpoint run/checkpoint.pt --out ev --rows truth,mean-face,"
-                    "checkpoint --clips 4 --sync-steps 2 --draws 2"),
+                    "checkpoint --clips 4 --sync-steps 2 --draws 20"),
 ):
     sys.stdin = io.TextIOWrapper(io.BytesIO(bytes(64000)))
     status = main(line.split())
