@@ -1,6 +1,7 @@
 """The mathematics of the flow, each claim against an exact value: autograd's Jacobian, torch.distributions,
 integration."""
 
+import copy
 import itertools
 
 import pytest
@@ -11,12 +12,16 @@ from media.console import UserError
 from talkingflow import (
     ActNorm,
     AffineCoupling,
+    Clips,
     ConditionTCN,
     Config,
     FlowStep,
     InvertibleConv1x1,
     Prior,
     TalkingFlow,
+    Trainer,
+    by_doubling,
+    frame_by_frame,
 )
 
 
@@ -270,6 +275,88 @@ def test_a_stream_equals_the_whole_sample_for_blocks_of_any_size(block, prior):
     stream = flow.stream(3, generator=torch.Generator().manual_seed(4))
     parts = torch.cat([stream.push(part) for part in c.split(block, 1)], 1)
     assert (whole - parts).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_recursion_by_doubling_equals_the_one_frame_by_frame(dtype, error):
+    """Random coefficients out to the edge of what the prior allows (partial autocorrelations of 0.9995), any
+    length, any start; the error is relative to the largest value."""
+    torch.manual_seed(0)
+    for T in (1, 2, 3, 7, 64, 250):
+        p1, p2 = 0.9995 * torch.tanh(4 * torch.randn(2, 500, dtype=torch.float64))
+        a1, a2 = (p1 * (1 - p2)).to(dtype), p2.to(dtype)
+        scale = ((1 - p1**2) * (1 - p2**2)).sqrt().to(dtype)  # that of the innovations of a variance of 1
+        e, before, before2 = (torch.randn(2, n, 500, dtype=dtype) for n in (T, 1, 1))
+        args = (e * scale, a1, a2, before[:, 0], before2[:, 0])
+        wanted = frame_by_frame(*(v.double() for v in args))
+        got = by_doubling(*args)
+        size = wanted.abs().amax((0, 1)).clamp_min(1)
+        assert ((got - wanted).abs() / size).max() < error, T
+
+
+@pytest.mark.parametrize("prior", ["iid", "ar2"])
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 30])
+def test_a_streams_prior_is_the_same_to_the_last_bit_for_blocks_of_any_size(block, prior):
+    flow = make(torch.float32, prior=prior)
+    noise = torch.randn(3, 31, 16)
+    whole, pieces = copy.deepcopy(flow.prior), copy.deepcopy(flow.prior)
+    whole.remember(3), pieces.remember(3)
+    r = torch.cat([pieces.sample(part) for part in noise.split(block, 1)], 1)
+    assert torch.equal(r, whole.sample(noise)) and torch.equal(r, flow.prior.sample(noise))
+
+
+def test_recomputing_gives_the_same_gradients_with_dropout_too():
+    gradients = []
+    for recompute in (False, True):
+        flow = make(torch.float32, recompute=recompute, dropout=0.3).train()
+        x, c = data(dtype=torch.float32)
+        torch.manual_seed(7)
+        flow.nll(x, c).mean().backward()
+        gradients.append([p.grad for p in flow.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert max(float(g.abs().max()) for g in gradients[0]) > 1e-3
+
+
+def trainer(waves, folder, **fields):
+    fields = {"steps": 50, "hidden": 8, "steps_per_scale": 1, "batch_size": 4, "seq_len": 32} | fields
+    return Trainer(Config(noise=0.0022, **fields), Clips(waves), folder, "cpu")
+
+
+def test_bfloat16_networks_train_and_the_flow_around_them_stays_exact(waves, tmp_path):
+    short = trainer(waves, tmp_path, precision="bfloat16", lr=1e-2, warmup=0)
+    assert all(
+        net.precision is torch.bfloat16 for net in short.flow.modules() if isinstance(net, ConditionTCN)
+    )
+    dtypes, losses = set(), []
+    layer = short.flow.scales[0][0].coupling.net.layers[1]
+    layer.register_forward_hook(lambda module, args, out: dtypes.add(out.dtype))
+    short.model.register_forward_hook(lambda module, args, out: losses.append(out[0].item()))
+    for _ in range(40):
+        short.train_step()
+    assert dtypes == {torch.bfloat16} and {p.dtype for p in short.flow.parameters()} == {torch.float32}
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.05, losses
+    flow, (x, c) = short.flow.eval(), short.held["val"][0]
+    assert (flow.inverse(flow(x, c)[0], c) - x).abs().max() < 1e-4
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight_no_moment_and_no_counter(waves, tmp_path):
+    """Adam's own state too: a step that is skipped must not age the averages."""
+    run = trainer(waves, tmp_path)
+    for _ in range(3):
+        run.train_step()
+    x, c = run.clips.batch(run.clips.windows("train", 32)[:4], 32)
+
+    def everything():
+        states = [[p, *run.optimizer.state[p].values()] for p in run.flow.parameters()]
+        return [v.detach().clone() for state in states for v in state]
+
+    before = everything()
+    for bad in (float("nan"), float("inf")):
+        run.update(x * bad, c)
+    assert int(run.skipped) == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    run.update(x, c)
+    assert int(run.skipped) == 0 and not torch.equal(before[0], everything()[0])
 
 
 def test_streams_side_by_side_do_not_touch_each_other():
