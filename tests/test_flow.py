@@ -286,8 +286,8 @@ def test_the_recursion_by_doubling_equals_the_one_frame_by_frame(dtype, error):
         p1, p2 = 0.9995 * torch.tanh(4 * torch.randn(2, 500, dtype=torch.float64))
         a1, a2 = (p1 * (1 - p2)).to(dtype), p2.to(dtype)
         scale = ((1 - p1**2) * (1 - p2**2)).sqrt().to(dtype)  # that of the innovations of a variance of 1
-        e, before, before2 = (torch.randn(2, n, 500, dtype=dtype) for n in (T, 1, 1))
-        args = (e * scale, a1, a2, before[:, 0], before2[:, 0])
+        e, before = torch.randn(2, T, 500, dtype=dtype), torch.randn(2, 500, dtype=dtype)
+        args = (e * scale, a1, a2, before, before)
         wanted = frame_by_frame(*(v.double() for v in args))
         got = by_doubling(*args)
         size = wanted.abs().amax((0, 1)).clamp_min(1)
