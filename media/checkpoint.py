@@ -87,6 +87,7 @@ def check_state(state):
         ("window", mel["window"], 0.001, 1),
         ("fmin", mel["fmin"], 0, 1e5),
         ("fmax", mel["fmax"], 1, 1e6),
+        ("level", float(mel["level"]), 0, 100),
     ):
         if isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{name} {value}")

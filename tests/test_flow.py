@@ -282,7 +282,7 @@ def test_the_recursion_by_doubling_equals_the_one_frame_by_frame(dtype, error):
     """Random coefficients out to the edge of what the prior allows (partial autocorrelations of 0.9995), any
     length, any start; the error is relative to the largest value."""
     torch.manual_seed(0)
-    for T in (1, 2, 3, 7, 64, 250):
+    for T in (1, 2, 3, 7, 64, 128):
         p1, p2 = 0.9995 * torch.tanh(4 * torch.randn(2, 500, dtype=torch.float64))
         a1, a2 = (p1 * (1 - p2)).to(dtype), p2.to(dtype)
         scale = ((1 - p1**2) * (1 - p2**2)).sqrt().to(dtype)  # that of the innovations of a variance of 1
@@ -296,6 +296,7 @@ def test_the_recursion_by_doubling_equals_the_one_frame_by_frame(dtype, error):
 
 @pytest.mark.parametrize("prior", ["iid", "ar2"])
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 30])
+@torch.no_grad()
 def test_a_streams_prior_is_the_same_to_the_last_bit_for_blocks_of_any_size(block, prior):
     flow = make(torch.float32, prior=prior)
     noise = torch.randn(3, 31, 16)
