@@ -23,12 +23,13 @@ from media.console import (
     run_command,
     write_atomically,
 )
+from media.container import VIDEOS
 from media.export import WRITERS, write_pictures
 from media.face import read_face
 from media.landmarks import face_box
 from media.live import arrays, write_live
-from media.sound import SAMPLE_RATE, read_sound, unlike_speech
-from media.video import VIDEOS, read_video_sound, truth_of_video
+from media.sound import SAMPLE_RATE, open_pcm, read_sound, unlike_speech
+from media.video import truth_of_video
 from prepare_data import default_folder
 
 METHOD = Path(__file__).resolve().parent / "talkingflow.py"
@@ -129,11 +130,12 @@ def hear_video(path, fps):
     their box."""
     try:
         video = truth_of_video(path, fps)
+        for note in video["notes"]:
+            print(f"note: {path}: {note}", file=sys.stderr)
         return [(video["sound"], SAMPLE_RATE)], video["landmarks"], video["box"]
     except UserError as e:  # no extractor, no face: the sound is enough to speak
-        blocks = [read_video_sound(path)[:2]]
         print(f"note: no recorded face beside the samples ({e})", file=sys.stderr)
-        return blocks, None, None
+        return read_sound(path), None, None
 
 
 def manner(args):
@@ -298,8 +300,11 @@ def stream(args):
     from talkingflow import Talker, choose_device, load_checkpoint
 
     flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
-    talker = Talker(flow, state["data"], args.rate, **manner(args)[0])
-    frame, rest, piece = 0, b"", b"begin"
+    rate, rest = open_pcm(sys.stdin.buffer)
+    if rate not in (None, args.rate):
+        print(f"note: standard input: a wav file of {rate} Hz, taken instead of {args.rate}", file=sys.stderr)
+    talker = Talker(flow, state["data"], rate or args.rate, **manner(args)[0])
+    frame, piece = 0, b"begin"
     while piece:
         piece = sys.stdin.buffer.read1(1 << 16)
         rest += piece

@@ -1,4 +1,5 @@
-"""The plain parts of every program here: errors in one line, progress, signals, files written whole or not at all."""
+"""The plain parts of every program here: errors in one line, progress, signals, files written whole or not at
+all."""
 
 import argparse
 import contextlib
@@ -12,7 +13,20 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can mend, printed as one line: `error: <what>: <found> vs <expected>. <what to do>.`"""
+    """Something the user can mend, printed as one line: `error: <what>: <found> vs <expected>. <what to
+    do>.`"""
+
+
+class Skip(UserError):
+    """A source that cannot be used: Skip(reason, detail). Reasons are counted, details go to the report."""
+
+    def __str__(self):
+        return f"{self.args[0]}: {self.args[-1]} vs a talking face with its sound. Try another file"
+
+
+def printable(text):
+    """A path or text that any file and terminal takes: bytes of a name that are no UTF-8 become \\xe9."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # erases a progress line; a program without a window has no stdout
@@ -111,6 +125,11 @@ def lasting_output():
 
 def run_command(args):
     """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a terminal that is not UTF-8 shows \\xe9 instead of ending the program
+            stream.reconfigure(errors="backslashreplace")
     try:
         return args.run(args)
     except BrokenPipeError:  # whoever read our output has gone
@@ -128,15 +147,9 @@ def run_command(args):
         return 130
 
 
-def write_text(path, text):
-    """All of the file or none of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 class Progress:
-    """One line that says how far and how long still: rewritten in place on a terminal, else every 15 seconds."""
+    """One line that says how far and how long still: rewritten in place on a terminal, else every 15
+    seconds."""
 
     def __init__(self, what, total):
         self.what, self.total, self.done, self.begin, self.shown = what, total, 0, time.time(), 0.0

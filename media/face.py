@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from media.console import UserError
-from media.landmarks import EYES, face_box, flat, mouth_opening, points
-from media.takes import Skip, check_points, read_npz, read_openface, to_pixels
+from media.console import Skip, UserError
+from media.landmarks import EYES, arrange, face_box, flat, mouth_opening, points
+from media.takes import read_npy, read_npz, read_openface, to_pixels
 
 BOTH_EYES = slice(36, 42), slice(42, 48)
 
@@ -119,14 +119,8 @@ def read_face(path):
 
 def landmarks_of(path):
     """A file's faces (F, 68, 2) in pixels."""
-    take = {"wh": None}
-    if path.suffix.lower() == ".npz":
-        found = read_npz(path, take)[0]
-    elif path.suffix.lower() == ".npy":
-        found = np.load(path, allow_pickle=False)
-    elif path.suffix.lower() == ".csv":
-        found = read_openface(path, take)[0]
-    else:
+    readers = {".npz": read_npz, ".npy": read_npy, ".csv": read_openface}
+    if path.suffix.lower() not in readers:
         from PIL import Image, ImageOps
 
         from media.video import find_model, load_extractor, quiet
@@ -139,5 +133,7 @@ def landmarks_of(path):
         if len(found) != 1:
             raise Skip("picture", f"{len(found)} faces")
         return np.array(found, float)
+    track = readers[path.suffix.lower()](path)
+    found = np.asarray(track.points)
     found = found[None] if found.ndim == 2 and found.shape == (68, 2) else found
-    return to_pixels(check_points(found), take)
+    return to_pixels(arrange(found)[0], track.about.get("wh"), 1.0)[0]

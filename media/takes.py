@@ -1,85 +1,131 @@
-"""Ready-made landmarks and their sound: .npz, .npy and OpenFace .csv files."""
+"""Ready-made landmarks and their sound: .npz, .npy and OpenFace .csv files -> a Take."""
 
-import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from media.console import UserError
-from media.sound import SAMPLE_RATE
+from media.console import Skip
+from media.container import VIDEOS, WHOLE, picture_times
+from media.landmarks import arrange, interocular
+from media.sound import SAMPLE_RATE, clean_sound, load_sound
+
+RATES = (10, 12, 12.5, 15, 20, 23.976, 24, 25, 29.97, 30, 48, 50, 59.94, 60, 100, 119.88, 120)  # of cameras
 
 
-class Skip(UserError):
-    """A source that cannot be used: Skip(reason, detail). Reasons are counted, details go to the report."""
+@dataclass
+class Source:
+    """One thing to read: a video or a landmark file, with the sound file beside it (or ""), and where it
+    comes from."""
 
-    def __str__(self):
-        return f"{self.args[0]}: {self.args[-1]} vs a talking face with its sound. Try another file"
+    name: str  # unique: its place below SRC, without the suffix
+    path: str
+    speaker: str = ""
+    sound: str = ""
+    part: tuple = WHOLE  # seconds (start, stop) of a long video
+    key: str = ""  # file, size, date, part: what the journal knows it by
+
+    def is_video(self):
+        return self.path.lower().endswith(VIDEOS)
 
 
-def read_ready(task, options, load_sound):
-    """The take of an .npz, .npy or OpenFace .csv file; raises Skip with the reason where it is unusable. load_sound
-    reads the sound file beside it (see media/video.py: that may be a video)."""
-    path = Path(task["path"])
-    take = {
-        "source": task["name"],
-        "licence": "not stated",
-        "extractor": "not stated",
-        "begin": 0.0,
-        "wh": None,
-    }
+@dataclass
+class Take:
+    """What was read from a source: a face over time and its sound."""
+
+    points: np.ndarray  # (F, 68, 2) in square pixels, NaN where no face is
+    times: np.ndarray  # (F,) seconds
+    sound: np.ndarray  # (S,) float32 at 16 kHz
+    begin: float = 0.0  # the second at which the sound begins
+    wh: list | None = None  # size of the picture
+    source: str = ""
+    licence: str = "not stated"
+    extractor: str = "not stated"
+    every_frame: bool = False  # times holds every picture there is: where none is, no face was lost
+    notes: list = field(default_factory=list)
+
+
+@dataclass
+class Track:
+    """Landmarks as a file holds them."""
+
+    points: np.ndarray
+    times: np.ndarray | None = None
+    of_file: bool = False  # the times are those of the video file, not counted from its first picture
+    sound: np.ndarray | None = None
+    about: dict = field(default_factory=dict)  # source, licence, extractor, wh
+
+
+def read_ready(source, fps):
+    """The take of an .npz, .npy or OpenFace .csv file; raises Skip with the reason where it is unusable. Bare
+    points have `fps` frames a second, unless a video beside them tells."""
+    path = Path(source.path)
+    read = {".npz": read_npz, ".npy": read_npy}.get(path.suffix.lower(), read_openface)
     try:
-        if path.suffix.lower() == ".npz":
-            points, times, sound = read_npz(path, take)
-        elif path.suffix.lower() == ".npy":
-            points, times, sound = np.load(path, mmap_mode="r", allow_pickle=False), None, None
-        else:
-            points, times, sound = *read_openface(path, take), None
+        track = read(path)
+        points = np.asarray(track.points)
     except Skip:
         raise
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as e:
-        raise Skip("unreadable landmarks", f"{type(e).__name__}: {e}".split("\n")[0]) from None
-    points = check_points(points)
-    if sound is None:
-        if not task["sound"]:
-            raise Skip("landmarks without sound", f"no {path.stem}.wav beside it")
-        sound = load_sound(task["sound"])
-    if times is None:  # bare points: their rate is taken as --fps, if that can be
-        times, seconds = np.arange(len(points)) / options["fps"], len(sound) / SAMPLE_RATE
-        if abs(len(points) / options["fps"] - seconds) > max(0.2, 0.02 * seconds):
-            raise Skip(
-                "length of landmarks and sound differ",
-                f"{len(points)} frames at --fps {options['fps']:g} = "
-                f"{len(points) / options['fps']:.2f} s vs {seconds:.2f} s: another frame rate?",
-            )
-    return take | {"points": to_pixels(points, take), "times": np.asarray(times, float), "sound": sound}
+    except Exception as e:  # numpy and zipfile raise a dozen kinds where a file is damaged, and all mean that
+        raise Skip("unreadable landmarks", f"{type(e).__name__}: {e}".split("\n")[0][:200]) from None
+    points, notes = arrange(points)
+    times, wh, pixel, begin = track.times, track.about.pop("wh", None), 1.0, 0.0
+    if source.sound.lower().endswith(VIDEOS):
+        times, size, pixel = on_the_clock_of(source.sound, track)
+        pixel, wh = (
+            (pixel, wh or size) if wh in (None, size) else (1.0, wh)
+        )  # of that size no more: converted
+    if track.sound is not None:
+        sound = track.sound
+    elif source.sound:
+        sound, begin, more = load_sound(source.sound)
+        notes += more
+    else:
+        raise Skip("landmarks without sound", f"no {path.stem}.wav beside it")
+    if times is None:
+        check_length(len(points), begin + len(sound) / SAMPLE_RATE, fps)
+        times = np.arange(len(points)) / fps
+    times = check_times(times, len(points))
+    points, wh = to_pixels(points, wh, pixel)
+    return Take(points, times, sound, begin, wh, **({"source": source.name} | track.about), notes=notes)
 
 
-def read_npz(path, take):
-    """Our own clips: landmarks, and if they are there pts or fps, wh, audio and sr, source, licence, extractor."""
+def read_npy(path):
+    """Bare points."""
+    return Track(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def read_npz(path):
+    """Our own clips: landmarks, and if they are there pts or fps, wh, audio and sr, source, licence,
+    extractor."""
     with np.load(path, allow_pickle=False) as z:
-        points, times, sound = z["landmarks"], None, None
-        take.update({key: str(z[key]) for key in ("source", "licence", "extractor") if key in z})
+        track = Track(z["landmarks"])
+        track.about = {key: str(z[key]) for key in ("source", "licence", "extractor") if key in z}
         if "wh" in z:
-            take["wh"] = [int(v) for v in z["wh"]]
+            track.about["wh"] = [int(v) for v in z["wh"].reshape(2)]
+            if min(track.about["wh"]) < 1:
+                raise Skip("frame size", f"wh {track.about['wh']} vs two positive numbers")
         if "pts" in z:
-            times = z["pts"]
+            track.times, track.of_file = z["pts"].astype(float), True
         elif "fps" in z:
-            if not z["fps"] > 0:
-                raise Skip("frame rate", f"fps {z['fps']} vs more than 0")
-            times = np.arange(len(points)) / float(z["fps"])
+            fps = float(z["fps"])
+            if not 0 < fps < 1e6:
+                raise Skip("frame rate", f"fps {fps} vs more than 0")
+            track.times = np.arange(len(track.points)) / fps
         if "audio" in z:
             sound = z["audio"]
-            scale = 32768 if sound.dtype == np.int16 else 1
-            sound = clean_sound(sound.astype(np.float32) / scale, int(z["sr"]))
-    return points, times, sound
+            scale = -float(np.iinfo(sound.dtype).min) if sound.dtype.kind == "i" else 1
+            track.sound = clean_sound(sound.astype(np.float32) / scale, int(z["sr"]))
+    return track
 
 
-def read_openface(path, take):
-    """OpenFace's csv: timestamp, success, x_0..x_67, y_0..y_67 in pixels; of several faces the one seen most often."""
+def read_openface(path):
+    """OpenFace's csv: timestamp, success, x_0..x_67, y_0..y_67 in pixels; of several faces the one seen most
+    often."""
     with open(path, encoding="utf-8", errors="replace") as f:
-        names = [name.strip() for name in f.readline().split(",")]
-        column = {name: i for i, name in enumerate(names)}
-        if not {"timestamp", "x_0", "x_67", "y_67"} <= set(column):
+        column = {name.strip(): i for i, name in enumerate(f.readline().split(","))}
+        needed = ["timestamp", *(f"{axis}_{i}" for axis in "xy" for i in range(68))]
+        if not set(needed) <= set(column):
             raise Skip(
                 "unreadable landmarks", "no columns timestamp, x_0..x_67, y_0..y_67: not an OpenFace csv"
             )
@@ -90,54 +136,73 @@ def read_openface(path, take):
     points = np.stack([table[:, [column[f"{axis}_{i}"] for i in range(68)]] for axis in "xy"], -1)
     if "success" in column:
         points[table[:, column["success"]] < 0.5] = np.nan
-    take["extractor"] = "OpenFace"
-    return points, table[:, column["timestamp"]]
+    return Track(points, table[:, column["timestamp"]], about={"extractor": "OpenFace"})
 
 
-def check_points(points):
-    """Any array -> float64 (F, 68, 2), or the reason why not. y must point down: the mouth below the eyes."""
-    shape = points.shape
-    if points.dtype.kind not in "fiu" or points.ndim not in (2, 3) or shape[1:] not in ((68, 2), (136,)):
-        raise Skip("not 68 points", f"shape {shape} {points.dtype} vs (frames, 68, 2)")
-    points = np.array(points, float).reshape(-1, 68, 2)
-    points[~np.isfinite(points).all((1, 2))] = np.nan
-    found = points[np.isfinite(points[:, 0, 0])]
-    if not len(found):
-        raise Skip("no face found", f"none in {len(points)} frames")
-    mean = found.mean(0)
-    dx, dy = mean[48:].mean(0) - mean[36:48].mean(0)
-    if np.ptp(mean, axis=0).min() <= 0:
-        raise Skip("points coincide", "the face has no extent")
-    if dy < -abs(dx):
-        raise Skip("y points up", "the mouth lies above the eyes: turn it over (y = height - y)")
-    if dy <= abs(dx):
+def on_the_clock_of(video, track):
+    """Times of landmarks made from a video, as its sound counts them, its size and the shape of its pixels.
+
+    As many landmarks as pictures: one each, whatever was thought of the frame rate. Else times counted from
+    the first picture begin where it is shown; those of the file itself (`pts`) may be counted from there,
+    too, or be right."""
+    shown, size, pixel = picture_times(video)
+    if shown is None or not len(shown):
+        return track.times, None, 1.0
+    if len(shown) == len(track.points):
+        return shown, size, pixel
+    if track.times is None:
+        raise Skip("number of landmarks", f"{len(track.points)} for a video of {len(shown)} pictures")
+    half = np.median(np.diff(shown)) / 2 if len(shown) > 1 else 0.02
+    first = track.times[0] if len(track.times) else 0.0
+    counted_from_there = not track.of_file or (abs(first) < half < abs(first - shown[0]))
+    return track.times + shown[0] * counted_from_there, size, pixel
+
+
+def check_length(frames, seconds, fps):
+    """Bare points have no times: do frames at fps last as long as their sound? Another rate shows in the
+    length."""
+    off = abs(frames / fps - seconds)
+    fits = [rate for rate in RATES if abs(frames / rate - seconds) < min(off, 1 / rate)]
+    fits.sort(key=lambda rate: abs(frames / rate - seconds))
+    allowed = max(0.95 / fps, min(0.2, 0.01 * seconds), 0.0005 * seconds)  # less than a frame, or 1 %
+    close = [rate for rate in fits if abs(rate / fps - 1) < 0.01 and off > 0.01]  # 29.97 is not 30
+    if off > allowed or close:
+        hint = f"{(close or fits)[0]:g} frames a second would fit" if fits else "another frame rate?"
         raise Skip(
-            "face on its side", "the mouth lies beside the eyes: turn the picture, or x and y are swapped"
+            "length of landmarks and sound differ",
+            f"{frames} frames at --fps {fps:g} = {frames / fps:.2f} s vs {seconds:.2f} s: {hint}",
         )
-    if len(found) > 5 and not np.ptp(found, axis=0).any():
-        raise Skip("landmarks do not move", f"{len(found)} equal frames")
-    return points
 
 
-def to_pixels(points, take):
-    """0..1 coordinates times the frame size (square if it is not known); larger ones are pixels already."""
+def check_times(times, frames):
+    """Frame times as float64 (F,): one a frame, increasing, in seconds."""
+    times = np.asarray(times, float)
+    if times.shape != (frames,) or not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise Skip("frame times", f"{times.size} times for {frames} frames, or not increasing")
+    if len(times) > 1 and np.median(np.diff(times)) > 0.5:
+        raise Skip(
+            "frame times", f"{np.median(np.diff(times)):g} s from frame to frame: are they in seconds?"
+        )
+    return times
+
+
+def to_pixels(points, wh, pixel):
+    """Points (F, 68, 2) in square pixels and the size of the picture: 0..1 coordinates times `wh`, squares if
+    that is not known; pixels that are `pixel` times as wide as high are made square."""
     if np.nanmax(np.abs(points)) > 4:
-        take["wh"] = take["wh"] or [int(v) + 1 for v in np.nanmax(points, axis=(0, 1))]
-        return points
-    take["wh"] = take["wh"] or [1, 1]
-    return points * take["wh"]
-
-
-def clean_sound(sound, rate):
-    """Refuse what is no speech, resample to 16 kHz."""
-    if not 8000 <= rate <= 192000:
-        raise Skip("sample rate", f"{rate} Hz vs 8,000 to 192,000")
-    if sound.ndim != 1 or not len(sound):
-        raise Skip("empty sound", f"{sound.shape} samples")
-    if not np.isfinite(sound).all():
-        raise Skip("NaN in the sound", f"first at sample {int(np.argmin(np.isfinite(sound)))}")
-    if rate != SAMPLE_RATE:
-        import librosa
-
-        sound = librosa.resample(sound, orig_sr=rate, target_sr=SAMPLE_RATE)
-    return sound / max(1.0, float(np.abs(sound).max()))  # louder than full scale: scaled, never wrapped
+        wh = wh or [max(int(v), 0) + 1 for v in np.nanmax(points, axis=(0, 1))]
+    elif wh:
+        points = points * wh
+    else:
+        wh = [1, 1]
+        eyes, mouth = points[:, 36:48].mean(1), points[:, 48:].mean(1)
+        shape = np.nanmedian(interocular(points)) / np.nanmedian(np.linalg.norm(eyes - mouth, axis=-1))
+        if not 0.9 < shape < 1.7:
+            raise Skip(
+                "face not in proportion",
+                f"eyes {shape:.2f} times as far apart as above the mouth: 0..1 of a picture "
+                "that is not square? Put its size into the .npz as wh",
+            )
+    if pixel != 1:
+        points, wh = points * [pixel, 1], [round(wh[0] * pixel), wh[1]]
+    return points, wh

