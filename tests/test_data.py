@@ -1,10 +1,13 @@
 """prepare_data.py: what it promises of the folder it writes and of the talkers it invents."""
 
 import contextlib
+import csv
 import functools
+import importlib.util
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data
 from media import console
+from media import folder as folder_module
+from media import sound as sound_module
 from media.landmarks import pieces
 from media.sound import Mel
+from media.takes import Source, Take, read_ready
 from media.talkers import NOISE, Bend, SyntheticFace, articulate, say, smooth_noise, synthesize
 
 
@@ -314,42 +320,22 @@ def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
     ]  # .3 interocular a frame, for 8 frames
     found = pieces(points + fast, times, 0.04, 5)
     assert [(i[0], i[-1]) for i in found] == [(0, 99), (120, 499), (500, 749)]
-    take = {
-        "points": points,
-        "times": times,
-        "wh": [900, 900],
-        "begin": 0.0,
-        "source": "a",
-        "licence": "b",
-        "extractor": "c",
-        "sound": sound / 32768,
-    }
-    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
-    clips, left_out = prepare_data.make_clips(take, options)
-    assert [round(c["time"], 2) for c in clips] == [0, 4.8, 20] and not left_out
-    assert [len(c["landmarks"]) for c in clips] == [100, 380, 250] and np.isfinite(
-        clips[1]["landmarks"]
-    ).all()
+    take = Take(points, times, sound / 32768, wh=[900, 900])
+    cut, left_out = prepare_data.cut(take, SETTINGS)
+    assert [round(piece.time, 2) for piece in cut] == [0, 4.8, 20] and not left_out
+    assert [len(piece.landmarks) for piece in cut] == [100, 380, 250]
+    assert np.isfinite(cut[1].landmarks).all()
 
 
 def test_sound_that_starts_late_is_aligned_to_the_frames():
     points, times, sound = speech(4)
-    take = {
-        "points": points,
-        "times": times + 0.033,
-        "wh": [900, 900],
-        "begin": 0.5,
-        "source": "a",
-        "licence": "b",
-        "extractor": "c",
-        "sound": sound[8000:] / 32768,
-    }  # the file's sound begins at 0.5 s
-    options = {"fps": 25, "mel": {"n_mels": 8}, "max_gap": 5, "min_seconds": 1, "smooth": False, "piece": 0}
-    clip = prepare_data.make_clips(take, options)[0][0]
-    assert abs(clip["time"] - 0.513) < 1e-9  # the first frame that has sound
-    assert np.array_equal(clip["audio"], sound[round(0.513 * 16000) :][: len(clip["audio"])])
+    take = Take(points, times + 0.033, sound[8000:] / 32768, begin=0.5, wh=[900, 900])
+    piece = prepare_data.cut(take, SETTINGS)[0][0]
+    assert abs(piece.time - 0.513) < 1e-9  # the first frame that has sound
+    assert np.array_equal(piece.audio, sound[round(0.513 * 16000) :][: len(piece.audio)])
 
 
+SETTINGS = prepare_data.Settings([], fps=25, mel={"n_mels": 8})
 BAD = {
     "not 68 points": {"landmarks": np.zeros((75, 106, 2))},
     "no face found": {"landmarks": np.full((75, 68, 2), np.nan)},
@@ -472,22 +458,22 @@ def test_an_interrupted_run_goes_on_and_redoes_nothing(tmp_path, monkeypatch):
         write_clip(tmp_path / f"in/clip{i}.npz", seed=i)
     whole, parted, done = tmp_path / "whole", tmp_path / "parted", []
     prepare_data.main([str(tmp_path / "in"), "--out", str(whole)])
-    work = prepare_data.work
+    read = prepare_data.read_ready
 
-    def stopping(task, options):
+    def stopping(source, fps):
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append(task["name"])
-        return work(task, options)
+        done.append(source.name)
+        return read(source, fps)
 
-    monkeypatch.setattr(prepare_data, "work", stopping)
+    monkeypatch.setattr(prepare_data, "read_ready", stopping)
     assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 130
     with open(parted / "mel.npy", "ab") as f:  # what a kill in the middle of a write leaves
         f.write(b"torn")
     with open(parted / "journal.jsonl", "a") as f:
         f.write('{"key": "to')
     monkeypatch.setattr(
-        prepare_data, "work", lambda task, options: done.append(task["name"]) or work(task, options)
+        prepare_data, "read_ready", lambda source, fps: done.append(source.name) or read(source, fps)
     )
     assert prepare_data.main([str(tmp_path / "in"), "--out", str(parted)]) == 0
     assert done == [f"clip{i}" for i in range(6)]
@@ -502,7 +488,7 @@ def test_an_interrupted_run_goes_on_and_redoes_nothing(tmp_path, monkeypatch):
 def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(tmp_path, monkeypatch):
     for i in range(4):
         write_clip(tmp_path / f"in/clip{i}.npz", seed=i)
-    append, calls = prepare_data.GrowingArray.append, []
+    append, calls = folder_module.GrowingArray.append, []
 
     def full(self, a):
         calls.append(1)
@@ -510,7 +496,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(tmp_path, mon
             raise OSError(28, "No space left on device")
         return append(self, a)
 
-    monkeypatch.setattr(prepare_data.GrowingArray, "append", full)
+    monkeypatch.setattr(folder_module.GrowingArray, "append", full)
     args = prepare_data.parser().parse_args([str(tmp_path / "in"), "--out", str(tmp_path / "out")])
     with pytest.raises(console.UserError, match="No space left.*goes on after 1 sources"):
         prepare_data.prepare(args)
@@ -530,7 +516,7 @@ def test_a_full_disk_is_one_line_for_the_synthetic_talkers_too(tmp_path, monkeyp
     def full(self, a):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data.GrowingArray, "append", full)
+    monkeypatch.setattr(folder_module.GrowingArray, "append", full)
     _, err = prepare("synthetic", "--clips", 4, "--out", tmp_path / "out", rc=1)
     assert err.startswith("error: --out: ") and "No space left" in err and err.count("\n") == 1
 
@@ -665,3 +651,454 @@ def test_grid_clips_are_kept_and_dropped_as_measured(tmp_path):
         assert np.abs(x - z["landmarks"][:74] * z["wh"]).max() < 1e-3
         assert np.array_equal(arrays["audio"][clip["audio_start"] :][:47360], z["audio"][:47360])
     assert "CC BY 4.0" in meta["sources"][clip["source"]]["licence"]
+
+
+# --- geometry: recognised and mended, or refused
+
+
+def boxed(folder):
+    meta, arrays = load(folder)
+    return arrays["landmarks"][:75]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x first",
+        "frames of rows",
+        "y before x",
+        "y before x, x first",
+        "float16",
+        "0..1",
+        "3-D list of pixels",
+    ],
+)
+def test_other_orders_of_the_same_landmarks_give_the_same_clip(tmp_path, name):
+    points, _, sound = speech(seed=7)
+    forms = {
+        "x first": points.transpose(0, 2, 1).reshape(-1, 136),
+        "frames of rows": points.transpose(0, 2, 1),
+        "y before x": points[:, :, ::-1],
+        "y before x, x first": points[:, :, ::-1].transpose(0, 2, 1).reshape(-1, 136),
+        "float16": points.astype(np.float16),
+        "0..1": points / 400,
+        "3-D list of pixels": np.round(points).astype(np.int32),
+    }
+    for folder, p in (("right", points), ("other", forms[name])):
+        write_wav(tmp_path / folder / "a.wav", sound)
+        np.save(tmp_path / folder / "a.npy", p)
+        prepare(tmp_path / folder, "--out", tmp_path / f"{folder}.out")
+    assert (
+        np.abs(boxed(tmp_path / "other.out") - boxed(tmp_path / "right.out")).max() < 0.004
+    )  # pixels rounded
+
+
+@pytest.mark.parametrize(
+    "reason, change",
+    [
+        ("left and right exchanged", lambda p: p * [-1, 1] + [400, 0]),
+        ("y points up", lambda p: p * [1, -1] + [0, 400]),
+        ("face on its side", lambda p: p[:, :, ::-1] * [-1, 1] + [400, 0]),
+        ("not a face", lambda p: p[:, np.random.default_rng(0).permutation(68)]),
+        ("not a face", lambda p: p[:, ::-1]),
+        ("face not in proportion", lambda p: p / [1280, 720]),
+        ("face not in proportion", lambda p: p / [720, 1280]),
+        ("not 68 points", lambda p: np.concatenate([p, p[:, :30]], 1)),
+        ("frame size", None),
+    ],
+)
+def test_a_face_that_is_none_is_refused_with_the_reason(tmp_path, reason, change):
+    points = speech(seed=5)[0]
+    new = {"landmarks": change(points), "wh": None} if change else {"wh": np.array([0, 400])}
+    write_clip(tmp_path / "in/bad.npz", seed=5, **new)
+    assert reason_of(tmp_path / "in", tmp_path) == f"{reason}: 1)"
+
+
+# --- sound: one reader for prepare and sample
+
+
+def hear(path):
+    """What `sample` hears: samples, rate, what it notes."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        blocks = list(sound_module.read_sound(path))
+    return np.concatenate([block for block, _ in blocks]), blocks[0][1], said.getvalue()
+
+
+def voice(seconds=2):
+    return speech(seconds, seed=1)[2].astype(np.float32) / 32768
+
+
+CHANNELS = {  # columns of samples, a word of the note or ""
+    "mono": (lambda s: s[:, None], ""),
+    "stereo": (lambda s: np.stack([s, s], 1), ""),
+    "left only": (lambda s: np.stack([s, 0 * s], 1), ""),
+    "antiphase": (lambda s: np.stack([s, -s], 1), "cancel"),
+    "nearly antiphase": (lambda s: np.stack([s, -0.9 * s], 1), "cancel"),
+    "centre of 5.1": (lambda s: np.eye(6, dtype=np.float32)[2] * s[:, None], ""),
+    "centre of five, music around": (lambda s: np.stack([hum(s), hum(s), s, hum(s), hum(s)], 1), ""),
+    "one of eight": (lambda s: np.eye(8, dtype=np.float32)[5] * s[:, None], ""),
+}
+
+
+def hum(s):
+    return 0.2 * np.sin(np.arange(len(s)) * 0.3).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_the_channel_that_speaks_is_heard_at_its_level(tmp_path, name):
+    form, note = CHANNELS[name]
+    write_wav(tmp_path / "a.wav", form(voice()))
+    sound, rate, said = hear(tmp_path / "a.wav")
+    assert np.abs(sound - voice()).max() < 2e-4 and rate == 16000
+    assert (note in said and said.startswith("note: a.wav: ")) if note else not said, said
+    prepared, begin, _ = sound_module.load_sound(tmp_path / "a.wav")
+    assert np.array_equal(prepared, sound) and begin == 0
+
+
+@pytest.mark.parametrize(
+    "name, change, note, back",
+    [
+        ("16-bit units", lambda s: s * 32767, "whole numbers", lambda s: s * 32768 / 32767),
+        ("24-bit units", lambda s: s * 2**23, "whole numbers", lambda s: s),
+        ("32-bit units", lambda s: s * 2.0**31, "whole numbers", lambda s: s),
+        ("ten times too loud", lambda s: s * 10, "made quieter", lambda s: s * np.abs(voice()).max()),
+        ("offset", lambda s: s * 0.5 + 0.3, "constant 0.30", lambda s: s / 0.5),
+        ("offset below", lambda s: s * 0.5 - 0.2, "constant -0.20", lambda s: s / 0.5),
+    ],
+)
+def test_samples_in_other_units_are_heard_as_meant_and_noted(tmp_path, name, change, note, back):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", change(voice()), 16000, subtype="FLOAT")
+    sound, _, said = hear(tmp_path / "a.wav")
+    assert note in said and np.abs(back(sound) - voice()).max() < 0.01, said
+
+
+@pytest.mark.parametrize(
+    "name, samples, note",
+    [
+        ("clipped", np.clip(voice() * 8, -1, 1), "cut off"),
+        ("clipped low", 0.4 * np.clip(voice() * 8, -1, 1), "cut off"),
+        ("silent", 0 * voice(), "hardly a sound"),
+        ("inaudible", 1e-5 * voice(), "hardly a sound"),
+    ],
+)
+def test_sound_that_cannot_be_what_was_meant_is_noted(tmp_path, name, samples, note):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    assert any(note in line for line in sound_module.load_sound(tmp_path / "a.wav")[2])
+
+
+def test_real_voices_and_synthetic_ones_raise_no_note(tmp_path):
+    for seed in range(10):
+        write_wav(tmp_path / "a.wav", speech(2, seed=seed)[2])
+        assert not hear(tmp_path / "a.wav")[2] and not sound_module.load_sound(tmp_path / "a.wav")[2]
+
+
+@pytest.mark.parametrize(
+    "name, at, value",
+    [
+        ("never closed", 40, 0),
+        ("streamed", 40, 0xFFFFFFFF),
+        ("too small", 40, 1000),
+        ("too large", 40, 10**9),
+    ],
+)
+def test_a_wav_whose_header_lies_about_its_size_is_heard_whole(tmp_path, name, at, value):
+    write_wav(tmp_path / "a.wav", voice())
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[at : at + 4] = value.to_bytes(4, "little")
+    data[4:8] = (0).to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    assert np.abs(hear(tmp_path / "a.wav")[0] - voice()).max() < 1e-4
+
+
+def test_a_wav_with_chunks_after_its_samples_is_not_heard_beyond_them(tmp_path):
+    write_wav(tmp_path / "a.wav", voice())
+    with open(tmp_path / "a.wav", "ab") as f:
+        f.write(b"LIST\x04\x00\x00\x00INFO")
+    assert len(hear(tmp_path / "a.wav")[0]) == len(voice())
+
+
+def test_a_header_that_contradicts_itself_is_noted(tmp_path):
+    write_wav(tmp_path / "a.wav", voice())
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[22] = 2  # channels
+    (tmp_path / "a.wav").write_bytes(data)
+    assert "contradicts itself" in hear(tmp_path / "a.wav")[2]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("av"), reason="not installed: av")
+def test_an_mp3_made_of_two_is_heard_whole(tmp_path):
+    import soundfile
+
+    soundfile.write(tmp_path / "one.mp3", voice(), 16000)
+    (tmp_path / "a.mp3").write_bytes((tmp_path / "one.mp3").read_bytes() * 2)
+    sound, rate, said = hear(tmp_path / "a.mp3")
+    assert 2 * len(voice()) <= len(sound) < 2 * len(voice()) + 4000 and rate == 16000 and not said
+
+
+@pytest.mark.parametrize(
+    "name, word",
+    [("a.raw", "-f s16le"), ("a.pcm", "-f s16le"), ("a.wav", "unreadable"), ("e.m4a", "zero bytes")],
+)
+def test_bytes_that_are_no_sound_are_one_clear_sentence(tmp_path, name, word):
+    noise = (
+        b"" if name[0] == "e" else np.random.default_rng(0).integers(-99, 99, 9999).astype("<i2").tobytes()
+    )
+    (tmp_path / name).write_bytes(noise)
+    with pytest.raises(console.UserError, match=word) as e:
+        hear(tmp_path / name)
+    assert "\n" not in str(e.value) and name in str(e.value)
+
+
+def test_what_needs_a_decoder_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "memo.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
+    with pytest.raises(console.UserError, match="pip install av"):
+        hear(tmp_path / "memo.m4a")
+
+
+def test_a_long_sound_is_heard_in_bounded_memory(tmp_path):
+    import resource
+
+    import soundfile
+
+    with soundfile.SoundFile(tmp_path / "a.wav", "w", 16000, 2) as f:
+        for _ in range(600):  # ten minutes of stereo: 77 MB as float32
+            f.write(np.zeros((16000, 2), np.float32) + 0.001 * np.arange(2))
+    code = (
+        "import resource, sys; from media.sound import read_sound; import numpy, soundfile;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "n = sum(len(block) for block, _ in read_sound(sys.argv[1]));"
+        "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.wav")], cwd=ROOT, capture_output=True, text=True
+    )
+    samples, kilobytes = map(int, done.stdout.split())
+    assert samples == 600 * 16000 and kilobytes < 40000 and resource, done.stderr
+
+
+@pytest.mark.parametrize("header", [44, 68])
+def test_the_header_of_a_wav_is_taken_off_a_stream(header):
+    samples = np.arange(-50, 50).astype("<i2").tobytes()
+    extra = b"LIST" + (header - 52).to_bytes(4, "little") + bytes(header - 52) if header > 44 else b""
+    head = console_wav(48000, 1, 16, extra, len(samples))
+    stream = io.BytesIO(head + samples)
+    assert sound_module.open_pcm(stream) == (48000, b"") and stream.read() == samples
+    stream = io.BytesIO(samples)
+    rate, first = sound_module.open_pcm(stream)
+    assert rate is None and first + stream.read() == samples
+    for other in (
+        console_wav(48000, 2, 16, b"", 4),
+        console_wav(48000, 1, 24, b"", 4),
+        b"fLaC" + bytes(9),
+        b"ID3" + bytes(9),
+    ):
+        with pytest.raises(console.UserError, match="^standard input: "):
+            sound_module.open_pcm(io.BytesIO(other + samples))
+
+
+def console_wav(rate, channels, bits, extra, size):
+    step = channels * bits // 8
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, channels, rate, rate * step, step, bits)
+    return (
+        b"RIFF"
+        + struct.pack("<I", 36 + len(extra) + size)
+        + b"WAVE"
+        + form
+        + extra
+        + struct.pack("<4sI", b"data", size)
+    )
+
+
+# --- names and folders
+
+
+def report_of(out):
+    with open(out / "report.csv", newline="", encoding="utf-8") as f:
+        return {Path(row["source"]).name: row for row in csv.DictReader(f)}
+
+
+def write_pair(folder, stem, seed, landmarks=".npy", sound=".wav"):
+    points, _, s = speech(seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / (stem + landmarks), "wb") as f:
+        np.save(f, points)
+    write_wav(folder / "temporary.wav", s)
+    os.rename(folder / "temporary.wav", folder / (stem + sound))
+
+
+def test_endings_in_capitals_are_the_same_kinds(tmp_path):
+    for i, kinds in enumerate([(".npy", ".wav"), (".NPY", ".wav"), (".npy", ".WAV"), (".Npy", ".Wav")]):
+        write_pair(tmp_path / "in", f"clip{i}", i, *kinds)
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
+    assert out.strip().endswith("4 clips, 0.2 minutes, 0 skipped"), out
+
+
+def test_names_of_any_bytes_are_read_and_reported(tmp_path):
+    names = [
+        os.fsdecode(b"caf\xe9"),
+        "10:30",
+        "-dash",
+        "new\nline",
+        " space ",
+        "per%cent",
+        "Ünï 你好 🙂",
+        "a.b.c",
+    ]
+    for i, name in enumerate(names):
+        write_pair(tmp_path / "in", name, i)
+    for _ in range(2):  # and the same command again
+        out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
+        assert out.strip().endswith(f"{len(names)} clips, 0.4 minutes, 0 skipped"), out
+    meta, _ = load(tmp_path / "out")
+    assert {clip["name"] for clip in meta["clips"]} == {"caf\\xe9", *names[1:]}
+    assert "caf\\xe9.npy" in report_of(tmp_path / "out")
+
+
+def test_links_to_folders_are_followed_once_and_loops_are_found(tmp_path):
+    for i in range(3):
+        write_pair(tmp_path / f"elsewhere/s{i}", f"clip{i}", i)
+    (tmp_path / "in/s9").mkdir(parents=True)
+    write_pair(tmp_path / "in/s9", "own", 9)
+    for i in range(3):
+        (tmp_path / f"in/s{i}").symlink_to(tmp_path / f"elsewhere/s{i}")
+    (tmp_path / "in/again").symlink_to(tmp_path / "elsewhere/s0")
+    (tmp_path / "in/a_loop").symlink_to("..")
+    (tmp_path / "in/s9/loop").symlink_to(tmp_path / "in")
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
+    assert out.strip().endswith("4 clips, 0.2 minutes, 0 skipped"), out
+    report = report_of(tmp_path / "out")
+    assert [report[name]["reason"] for name in ("s0", "loop", "a_loop")] == ["read already"] * 3
+    assert {clip["speaker"] for clip in load(tmp_path / "out")[0]["clips"]} <= {"again", "s1", "s2", "s9"}
+
+
+def test_every_file_has_a_line_in_the_report(tmp_path):
+    for i in range(3):
+        write_pair(tmp_path / "in", f"clip{i}", i)
+    write_wav(tmp_path / "in/alone.wav", speech()[2])
+    (tmp_path / "in/notes.txt").write_text("hello")
+    (tmp_path / "in/clip0.align").write_text("hello")
+    (tmp_path / "in/nowhere.npz").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in/.hidden").write_text("hello")
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
+    assert "2 skipped" in out.strip().splitlines()[-1], out
+    report = report_of(tmp_path / "out")
+    assert set(report) == {path.name for path in (tmp_path / "in").iterdir()} - {".hidden"}
+    assert report["clip1.wav"]["detail"] == "sound of clip1" and not report["clip1.wav"]["reason"]
+    assert report["alone.wav"]["reason"] == "sound without landmarks"
+    assert report["notes.txt"]["reason"] == "not a kind that is read"
+
+
+def test_a_locale_that_is_not_utf_8_changes_nothing(tmp_path):
+    for i, name in enumerate(("Ünï", "b", "c")):
+        write_pair(tmp_path / "in", name, i)
+    env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    command = [
+        sys.executable,
+        str(ROOT / "prepare_data.py"),
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0 and done.stdout.strip().endswith("3 clips, 0.1 minutes, 0 skipped"), done
+    prepare(tmp_path / "in", "--out", tmp_path / "here")
+    assert (tmp_path / "out/meta.json").read_bytes() == (tmp_path / "here/meta.json").read_bytes()
+
+
+# --- machines
+
+
+def test_preparing_and_its_rooms_load_no_torch():
+    code = "import sys, prepare_data, media.export; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_librosa_loads_where_neither_its_folder_nor_a_home_can_be_written(monkeypatch):
+    """numba keeps what it compiles beside the package or in the user's cache: a container may have
+    neither."""
+    code = (
+        "import numba.core.caching as c; from media.sound import Mel;"
+        "places = c.CacheImpl._locator_classes;"
+        "c.CacheImpl._locator_classes = [p for p in places if 'UserProvided' in p.__name__];"
+        "print(Mel().columns([0.0] * 16000).shape)"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "NUMBA_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "(25, 40)", done.stderr
+
+
+# --- whatever the bytes
+
+
+def damaged(data, rng):
+    """A copy of a file that was cut, overwritten, repeated or spliced."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        at, n = int(rng.integers(0, len(data))), int(rng.integers(1, 9))
+        kind = rng.integers(0, 5)
+        if kind == 0:
+            data[at : at + n] = rng.bytes(n)
+        elif kind == 1:
+            data[at] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 2:
+            del data[at : at + int(rng.integers(1, 400))]
+        elif kind == 3:
+            data[at:at] = data[at : at + n]
+        else:
+            data[at : at + n] = rng.choice([b"-1", b"nan", b"9" * n, b"\xff" * n, b"\0" * n, b"(", b"e999"])
+        if len(data) < 8:
+            break
+    return bytes(data)
+
+
+def survive(folder, count, seed):
+    """Read `count` damaged landmark files and sounds: how many were taken, how many refused."""
+    points, times, sound = speech(1.2)
+    good = folder / "good"
+    good.mkdir()
+    np.savez_compressed(good / "a.npz", landmarks=points.astype(np.float32), fps=25, audio=sound, sr=16000)
+    np.savez(
+        good / "b.npz", landmarks=points.astype(np.float32), pts=times, wh=[400, 400], audio=sound, sr=16000
+    )
+    np.save(good / "c.npy", points.astype(np.float32))
+    write_openface(good / "d.csv", points, times)
+    write_wav(good / "e.wav", sound)
+    originals = {path.suffix + path.stem: path.read_bytes() for path in sorted(good.iterdir())}
+    rng, counts = np.random.default_rng(seed), {"taken": 0, "refused": 0}
+    for i in range(count):
+        key = list(originals)[i % len(originals)]
+        suffix = key[:-1]
+        path = folder / f"x{suffix}"
+        path.write_bytes(damaged(originals[key], rng))
+        try:
+            if suffix == ".wav":
+                source = Source("x", str(good / "c.npy"), sound=str(path))
+            else:
+                source = Source("x", str(path), sound=str(good / "e.wav"))
+            prepare_data.cut(read_ready(source, 25), SETTINGS)
+            counts["taken"] += 1
+        except console.Skip:  # ours; anything else fails the test
+            counts["refused"] += 1
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
+    counts = survive(tmp_path, 400, seed=0)
+    assert sum(counts.values()) == 400 and min(counts.values()) > 40, counts
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_100_000_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
+    counts = survive(tmp_path, 100_000, seed=1)
+    print(counts)
+    assert sum(counts.values()) == 100_000
