@@ -311,7 +311,16 @@ def test_three_faces_take_less_than_8_ms_a_frame(browser, pages):
     assert min(costs) <= 8
 
 
-def test_the_command_writes_one_self_contained_page(tmp_path, monkeypatch, capsys):
+def test_reduced_motion_begins_with_a_still_head(browser, pages):
+    heads = []
+    for wish in ("reduce", "no-preference"):
+        feature = {"name": "prefers-reduced-motion", "value": wish}
+        browser.call("Emulation.setEmulatedMedia", features=[feature])
+        heads.append(open_page(browser, pages).run("$('head').value"))
+    assert heads == ["0", "1"]
+
+
+def test_the_command_writes_one_self_contained_page(browser, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert talkingflow.main(["live"]) == 0 and "live.html: 2." in capsys.readouterr().out
     page = (tmp_path / "live.html").read_text()
@@ -321,3 +330,5 @@ def test_the_command_writes_one_self_contained_page(tmp_path, monkeypatch, capsy
     assert not re.search(r"https?://(?!localhost)", page)
     assert talkingflow.main(["live"]) == 1 and "exists already" in capsys.readouterr().err
     assert talkingflow.main(["live", "--force"]) == 0
+    browser.open(f"file://{tmp_path}/live.html")
+    assert press(browser, "clip") == "held-out.wav: 3.0 s" and browser.complaints() == []  # the shipped sound
