@@ -4,14 +4,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 import talkingflow
+from cli import PRETRAINED
 from media.console import UserError
 from media.face import draw_on, head_latents, read_face, rest_face, steer, with_eyes_of
-from media.landmarks import lip_points, mouth_opening, points
+from media.landmarks import face_box, lip_points, mouth_opening, points
 from media.sound import FLOOR, QUIET, Mel, unlike_speech
-from talkingflow import Config, Talker, TalkingFlow
+from talkingflow import Config, Talker, TalkingFlow, load_checkpoint
+
+SHIPPED = PRETRAINED.with_name("held-out")
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    flow, state = load_checkpoint(PRETRAINED)
+    return flow, state["data"]
 
 
 def voice(seconds=4, rate=16000, seed=0):
@@ -63,6 +73,19 @@ def test_level_0_and_old_checkpoints_hear_absolutely():
     assert np.abs(Mel(level=0).columns(2 * sound) - Mel(level=0).columns(sound) - np.log(4)).max() < 1e-4
     with pytest.raises(UserError, match="whole clip"):
         Mel(level=True)
+
+
+def test_recordings_are_prepared_with_the_level_and_synthetic_talkers_without(monkeypatch, tmp_path):
+    import prepare_data
+
+    asked = []
+    monkeypatch.setattr(prepare_data, "prepare", lambda args: asked.append(args.level))
+    monkeypatch.setattr(prepare_data, "synthetic", lambda *values: asked.append(values[-2]))
+    for source in (str(tmp_path), "synthetic"):
+        prepare_data.main([source, "--out", "unused"])
+    prepare_data.main(["synthetic", "--out", "unused", "--level", "0.02"])
+    assert asked == [0.01, 0, 0.02]
+    assert prepare_data.main([str(tmp_path), "--out", "unused", "--level", "-1"]) == 1
 
 
 # --- without the training noise
@@ -137,16 +160,22 @@ def test_a_denoised_stream_equals_the_whole_and_a_plain_one_stays_a_draw():
     assert not whole.requires_grad and all(p.grad is None for p in flow.parameters())
 
 
+def test_noise_on_a_recorded_face_is_halved(pretrained):
+    """The shipped sentence: what is left of the noise after denoising is about half of it."""
+    (flow, data), sound = pretrained, soundfile.read(SHIPPED.with_suffix(".wav"), dtype="float32")[0]
+    recorded = np.load(SHIPPED.with_suffix(".npy"))
+    corner, side = face_box(recorded.mean(0))
+    x = torch.from_numpy(((recorded - corner) / side).astype(np.float32).reshape(1, -1, 136))
+    columns = Mel(**data["mel"], fps=data["fps"]).columns(sound)
+    ahead = np.minimum(np.arange(len(columns)) + flow.config.lead, len(columns) - 1)
+    c = torch.from_numpy(columns[ahead])[None]
+    sigma = flow.config.noise * data["interocular"]
+    noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    left = (flow.denoise(noisy, c, sigma) - x).square().mean().sqrt() / sigma
+    assert 0.3 < left < 0.65
+
+
 # --- head, lips, face
-
-
-@pytest.fixture(scope="module")
-def pretrained():
-    from cli import PRETRAINED
-    from talkingflow import load_checkpoint
-
-    flow, state = load_checkpoint(PRETRAINED)
-    return flow, state["data"]
 
 
 def speaking(pretrained, **how):
@@ -254,8 +283,6 @@ def test_what_is_unlike_speech_is_named():
 
 
 def test_channels_that_cancel_are_named(tmp_path, capsys):
-    import soundfile
-
     from media.sound import read_sound
 
     for sign in (1, -1):
