@@ -22,9 +22,8 @@ from media.container import VIDEOS, WHOLE, decoded_sound, open_container
 
 SAMPLE_RATE = 16000  # of the stored sound, Hz
 FLOOR = 1e-13  # of mel power: its logarithm is -30, a quiet hiss is at -19
-QUIET = (
-    -17.0
-)  # the level before anything was heard: that of a voice 40 dB quieter than one close to a microphone
+# the level before anything was heard: that of a voice 40 dB quieter than one close to a microphone
+QUIET = -17.0
 
 
 class Mel:

@@ -10,10 +10,8 @@ import argparse
 
 import numpy as np
 
-from media.landmarks import lip_points, mouth_opening, points
+from media.landmarks import interocular, lip_points, mouth_opening, points
 from media.sound import Mel
-
-GAINS = (0, 12, -12, -24, -30)
 
 
 def gap(track, unit):
@@ -22,19 +20,25 @@ def gap(track, unit):
     return np.linalg.norm(p[..., 62, :] - p[..., 66, :], axis=-1) / unit
 
 
-def correlation(a, b):
-    """Mean over clips of the correlation over frames: lists of (T,)."""
-    return float(np.mean([np.corrcoef(u, v)[0, 1] for u, v in zip(a, b, strict=True)]))
+def mean_correlation(pairs):
+    """Mean over clips of the correlation over frames of pairs of (T,)."""
+    return np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])
 
 
-def hear(clips, chosen, mel, lead, gain=0, before=None):
-    """Log-mel columns (T, M) of each clip at a gain in dB, `lead` ahead, after `before` samples."""
-    heard = []
+def hear(clips, chosen, mel, lead, gain=0, before=(), snr=None, narrow=False):
+    """Log-mel columns (T, M) of each clip, `lead` ahead: at a gain in dB, after `before` samples, with white
+    noise `snr` dB below it, or without anything above 4 kHz."""
+    heard, rng = [], np.random.default_rng(0)
     for clip in chosen:
-        sound = clips.audio[clip["audio_start"] : clip["audio_start"] + clip["audio_samples"]]
-        sound = np.clip(np.round(np.array(sound) * 10 ** (gain / 20)), -32768, 32767)
-        sound = np.concatenate([before if before is not None else [], sound])
-        columns = mel.columns(sound / np.float32(32768))
+        sound = np.array(clips.audio[clip["audio_start"] :][: clip["audio_samples"]], float)
+        if snr is not None:
+            sound += rng.normal(0, sound.std() * 10 ** (-snr / 20), len(sound))
+        if narrow:
+            spectrum = np.fft.rfft(sound)
+            spectrum[int(len(spectrum) * 8000 / clips.meta["sample_rate"]) :] = 0
+            sound = np.fft.irfft(spectrum, len(sound))
+        sound = np.clip(np.round(sound * 10 ** (gain / 20)), -32768, 32767)
+        columns = mel.columns(np.concatenate([before, sound]) / np.float32(32768))
         heard.append(columns[np.minimum(np.arange(len(columns)) + lead, len(columns) - 1)])
     return heard
 
@@ -44,72 +48,97 @@ def lip_speed(track, unit):
     return np.sqrt(np.square(np.diff(lip_points(track), axis=0)).sum(-1).mean(-1)) / unit
 
 
-def rows(flow, data, clips, chosen, seed=0):
-    """A list of (what, number) for the chosen clips."""
-    import torch
+class Measured:
+    """Clips whose recorded faces a flow's faces are held against."""
 
-    unit, mel = (
-        data["interocular"],
-        Mel(**data["mel"], fps=data["fps"], sample_rate=clips.meta["sample_rate"]),
-    )
-    sigma, lead, noise = flow.config.noise * unit, flow.config.lead, torch.Generator().manual_seed(seed)
-    heard = {gain: hear(clips, chosen, mel, lead, gain) for gain in GAINS}
-    truth = [np.array(clips.landmarks[clip["start"] : clip["start"] + clip["frames"]]) for clip in chosen]
-    truth = [x[: len(c)] for x, c in zip(truth, heard[0], strict=True)]
-    openings = [mouth_opening(points(x)) for x in truth]
-    unit_of = [np.linalg.norm(points(x)[:, 36] - points(x)[:, 45], axis=-1).mean() for x in truth]
+    def __init__(self, flow, data, clips, chosen, seed=0):
+        self.flow, self.unit, self.fps, self.seed = flow, data["interocular"], data["fps"], seed
+        self.sigma = flow.config.noise * self.unit
+        self.mel = Mel(**data["mel"], fps=self.fps, sample_rate=clips.meta["sample_rate"])
+        self.hear = lambda mel=self.mel, **how: hear(clips, chosen, mel, flow.config.lead, **how)
+        self.plain = self.hear()
+        rows = [slice(clip["start"], clip["start"] + clip["frames"]) for clip in chosen]
+        self.truth = [np.array(clips.landmarks[r])[: len(c)] for r, c in zip(rows, self.plain, strict=True)]
+        self.openings = [mouth_opening(points(x)) for x in self.truth]
+        absolute = Mel(fps=self.fps, sample_rate=clips.meta["sample_rate"], level=0)
+        loud = [np.log(np.exp(c).sum(1)) for c in hear(clips, chosen, absolute, 0)]
+        self.loud = [e[: len(x)] for e, x in zip(loud, self.truth, strict=True)]
 
-    def speak(columns, temperature=0.0, denoise=False):
+    def speak(self, columns, temperature=0.0, denoise=False):
+        import torch
+
         longest = max(len(c) for c in columns)
         batch = np.stack([np.pad(c, ((0, longest - len(c)), (0, 0)), mode="edge") for c in columns])
-        stream = flow.stream(len(columns), temperature, noise, sigma if denoise else 0.0)
-        tracks = stream.push(torch.from_numpy(batch)).numpy()
-        return [x[: len(c)] for x, c in zip(tracks, columns, strict=True)]
+        noise = torch.Generator().manual_seed(self.seed)
+        stream = self.flow.stream(len(columns), temperature, noise, self.sigma if denoise else 0.0)
+        return [
+            x[: len(c)] for x, c in zip(stream.push(torch.from_numpy(batch)).numpy(), columns, strict=True)
+        ]
 
-    def mouths(tracks):
-        return [mouth_opening(points(x))[: len(t)] for x, t in zip(tracks, openings, strict=True)]
+    def correlation(self, tracks):
+        """Mean over clips of the correlation of the mouth's opening with the recorded one's."""
+        pairs = [(mouth_opening(points(x)), t) for x, t in zip(tracks, self.openings, strict=True)]
+        return mean_correlation([(a[: len(t)], t[: len(a)]) for a, t in pairs])
 
-    loud = [np.log(np.exp(c).sum(1)) for c in hear(clips, chosen, Mel(fps=data["fps"], level=0), 0)]
-    quiet = np.quantile(np.concatenate(loud), 0.2)
-    quiet = [e[: len(x)] <= quiet for e, x in zip(loud, truth, strict=True)]
-    found = []
-    for gain in GAINS:
-        r = correlation(mouths(speak(heard[gain])), openings)
-        found.append((f"mouth correlation, temperature 0, {gain:+d} dB", r))
-    other = heard[0][1:] + heard[0][:1]
-    same = [min(len(a), len(b)) for a, b in zip(other, openings, strict=True)]
-    wrong = [(m[:n], t[:n]) for m, t, n in zip(mouths(speak(other)), openings, same, strict=True)]
-    found += [("with another clip's sound", correlation(*zip(*wrong, strict=True)))]
-    energies = [e[: len(t)] for e, t in zip(loud, openings, strict=True)]
-    found += [("loudness alone", correlation(energies, openings))]
-    draws = {"truth": truth, "sample": speak(heard[0], 1.0), "denoised sample": speak(heard[0], 1.0, True)}
-    draws["temperature 0"] = speak(heard[0])
-    for name in ("sample", "denoised sample"):
-        found += [(f"mouth correlation, one {name}", correlation(mouths(draws[name]), openings))]
-    for name, tracks in draws.items():
-        units = unit_of if name == "truth" else [unit] * len(tracks)
-        shut = [gap(x, u)[: len(q)][q] for x, u, q in zip(tracks, units, quiet, strict=True)]
-        speed = [lip_speed(x, u)[: len(q) - 1][q[1:]] for x, u, q in zip(tracks, units, quiet, strict=True)]
-        found += [(f"quiet frames, {name}: opening", float(np.concatenate(shut).mean()))]
-        speed = float(np.sqrt(np.square(np.concatenate(speed)).mean()))
-        found += [(f"quiet frames, {name}: lip speed", speed)]
-    rng = np.random.default_rng(seed)
-    for name, before in (("digital silence", np.zeros(16000)), ("hiss", np.round(rng.normal(0, 3, 16000)))):
-        tracks = speak(hear(clips, chosen, mel, lead, 0, before))
-        start = np.stack([x[:20] for x in tracks])
-        fastest = max(lip_speed(x, unit).max() for x in start)
-        r = correlation(mouths([x[data["fps"] :] for x in tracks]), openings)
-        found += [(f"a second of {name} first: opening in it", float(gap(start, unit).mean()))]
-        found += [(f"a second of {name} first: fastest lips in it", float(fastest))]
-        found += [(f"a second of {name} first: mouth correlation after it", r)]
-    error = []
-    for x, c in zip(truth, heard[0], strict=True):
-        noisy = torch.from_numpy(x)[None] + sigma * torch.randn(1, *x.shape, generator=noise)
-        clean = flow.denoise(noisy, torch.from_numpy(c)[None], sigma)[0].numpy()
-        error.append(np.square(clean - x).mean())
-    return found + [
-        ("error of noisy truth, denoised, over the noise", float(np.sqrt(np.mean(error)) / sigma))
-    ]
+    def follows(self):
+        """How well the mouth follows the sound, at temperature 0 but for the samples."""
+        sounds = {f"{gain:+d} dB": {"gain": gain} for gain in (0, 12, -12, -24, -30)}
+        sounds |= {
+            "8 kHz": {"narrow": True},
+            "noise 10 dB below": {"snr": 10},
+            "noise 0 dB below": {"snr": 0},
+        }
+        for name, how in sounds.items():
+            yield f"mouth correlation, {name}", self.correlation(self.speak(self.hear(**how)))
+        others = self.plain[1:] + self.plain[:1]
+        yield "mouth correlation, another clip's sound", self.correlation(self.speak(others))
+        yield (
+            "mouth correlation, loudness alone",
+            mean_correlation(zip(self.loud, self.openings, strict=True)),
+        )
+        for name, denoise in (("sample", False), ("denoised sample", True)):
+            yield f"mouth correlation, one {name}", self.correlation(self.speak(self.plain, 1.0, denoise))
+
+    def rests(self):
+        """Opening and lip speed in the quiet frames."""
+        level = np.quantile(np.concatenate(self.loud), 0.2)
+        tracks = {"truth": self.truth, "sample": self.speak(self.plain, 1.0)}
+        tracks |= {
+            "denoised sample": self.speak(self.plain, 1.0, True),
+            "temperature 0": self.speak(self.plain),
+        }
+        for name, faces in tracks.items():
+            gaps, speeds = [], []
+            for x, e in zip(faces, self.loud, strict=True):
+                unit = interocular(points(x)).mean() if name == "truth" else self.unit
+                gaps.append(gap(x, unit)[: len(e)][e <= level])
+                speeds.append(lip_speed(x, unit)[: len(e) - 1][e[1:] <= level])
+            yield f"quiet frames, opening, {name}", np.concatenate(gaps).mean()
+            yield f"quiet frames, lip speed, {name}", np.sqrt(np.square(np.concatenate(speeds)).mean())
+
+    def begins(self):
+        """What the face does in a second of no voice before the sentence."""
+        hiss = np.round(np.random.default_rng(0).normal(0, 3, self.mel.sample_rate))
+        for name, before in (("digital silence", 0 * hiss), ("hiss", hiss)):
+            tracks = self.speak(self.hear(before=before))
+            start = np.stack([x[:20] for x in tracks])
+            yield f"a second of {name} first, opening in it", gap(start, self.unit).mean()
+            yield (
+                f"a second of {name} first, fastest lips in it",
+                max(lip_speed(x, self.unit).max() for x in start),
+            )
+            after = self.correlation([x[self.fps :] for x in tracks])
+            yield f"a second of {name} first, mouth correlation after it", after
+
+    def denoises(self):
+        import torch
+
+        error, noise = [], torch.Generator().manual_seed(self.seed)
+        for x, c in zip(self.truth, self.plain, strict=True):
+            noisy = torch.from_numpy(x)[None] + self.sigma * torch.randn(1, *x.shape, generator=noise)
+            clean = self.flow.denoise(noisy, torch.from_numpy(c)[None], self.sigma)[0].numpy()
+            error.append(np.square(clean - x).mean())
+        yield "error of noisy truth, denoised, over the noise", np.sqrt(np.mean(error)) / self.sigma
 
 
 def main():
@@ -126,8 +155,10 @@ def main():
     chosen = [clip for clip in clips.clips if args.split in ("all", clip["split"])]
     chosen = [clip for clip in chosen if clip["speaker"].startswith(args.speaker)][: args.limit]
     print(f"| {len(chosen)} clips of {args.data} {args.split} {args.speaker} | |\n|---|---|")
-    for what, number in rows(flow, state["data"], clips, chosen):
-        print(f"| {what} | {number:.4f} |")
+    measured = Measured(flow, state["data"], clips, chosen)
+    for part in (measured.follows, measured.rests, measured.begins, measured.denoises):
+        for what, number in part():
+            print(f"| {what} | {number:.4f} |", flush=True)
 
 
 if __name__ == "__main__":
