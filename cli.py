@@ -198,7 +198,7 @@ def held_out(data, name):
     return clip, clips.landmarks[rows], clips.mel[rows], np.array(sound), clips.meta["sample_rate"]
 
 
-PRETRAINED = METHOD.parent / "pretrained" / "grid-s1.pt"  # one man's voice and face: see the card beside it
+PRETRAINED = METHOD.parent / "pretrained" / "grid.pt"  # see the card beside it
 
 
 def find_checkpoint(args):
@@ -374,7 +374,7 @@ def build_parser():
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     voice = argparse.ArgumentParser(add_help=False)
     voice.add_argument(
-        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]"
+        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid.pt]"
     )
     voice.add_argument(
         "--temperature",
@@ -446,7 +446,7 @@ def build_parser():
         description="Write one self-contained page: microphone or sound file -> faces, in the browser.",
     )
     p.add_argument(
-        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid-s1.pt]"
+        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid.pt]"
     )
     p.add_argument("--out", default="live.html", help="the page [live.html]")
     p.add_argument("--force", action="store_true", help="overwrite --out")

@@ -145,7 +145,7 @@ def main():
     from talkingflow import Clips, load_checkpoint
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", default="pretrained/grid-s1.pt")
+    parser.add_argument("--checkpoint", default="pretrained/grid.pt")
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", default="test", help="train, val, test or all [test]")
     parser.add_argument("--speaker", default="", help="only those whose name begins so")

@@ -1,5 +1,6 @@
 """A face worth watching: the level of the sound, denoised faces, head and lips apart, one's own face."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,12 @@ def test_a_denoised_stream_equals_the_whole_and_a_plain_one_stays_a_draw():
     assert (flow.denoise(draw, c, 0.1) - whole).abs().max() < 1e-12 and (draw - whole).abs().max() > 1e-3
     assert torch.equal(flow.sample(c, generator=torch.Generator().manual_seed(1)), draw)
     assert not whole.requires_grad and all(p.grad is None for p in flow.parameters())
+
+
+def test_the_shipped_weights_are_those_of_the_card_and_name_no_folder(pretrained):
+    digest, name = PRETRAINED.with_suffix(".pt.sha256").read_text().split()
+    assert name == PRETRAINED.name and hashlib.sha256(PRETRAINED.read_bytes()).hexdigest() == digest
+    assert pretrained[1]["folder"] == "" and pretrained[1]["mel"]["level"] == 0.01
 
 
 def test_noise_on_a_recorded_face_is_halved(pretrained):

@@ -20,7 +20,7 @@ from media.live import arrays, write_live
 from media.sound import Mel, wav_bytes
 from talkingflow import Config, Talker, TalkingFlow, load_checkpoint
 
-CHECKPOINT = talkingflow.Path(__file__).parent.parent / "pretrained" / "grid-s1.pt"
+CHECKPOINT = talkingflow.Path(__file__).parent.parent / "pretrained" / "grid.pt"
 FLOATS = (
     "const floats = text => new Float32Array(Uint8Array.from(atob(text), ch => ch.charCodeAt(0)).buffer);"
 )
