@@ -4,6 +4,7 @@ talkingflow.py. What needs torch is imported inside the commands: a usage line s
 import argparse
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ METHOD = Path(__file__).resolve().parent / "talkingflow.py"
 @lasting_output()
 def train(args):
     """`python talkingflow.py train`: prepare, train, measure on held-out clips; returns the exit status."""
+    from study.metrics import anchors, beside
     from talkingflow import Trainer
 
     config, clips, out, state = resumed_run(args) if args.resume else new_run(args)
@@ -49,6 +51,8 @@ def train(args):
         size, count = sum(p.numel() for p in trainer.flow.parameters()), len(clips.split("train"))
         print(f"{out}: {size:,} parameters, {count} training clips, windows of {trainer.T} frames, ", end="")
         print(f"{trainer.steps} steps of {config.batch_size} on {trainer.device}", flush=True)
+        found = anchors(clips, trainer.T, config.noise, trainer.held["val"])
+        trainer.beside = functools.partial(beside, found)
     signalled = trainer.run()
     if trainer.rank == 0 and signalled:
         again = f"python talkingflow.py train --resume --out {out}"
@@ -445,9 +449,7 @@ def build_parser():
         help="write a page that hears a microphone",
         description="Write one self-contained page: microphone or sound file -> faces, in the browser.",
     )
-    p.add_argument(
-        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid.pt]"
-    )
+    p.add_argument("--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid.pt]")
     p.add_argument("--out", default="live.html", help="the page [live.html]")
     p.add_argument("--force", action="store_true", help="overwrite --out")
     p.set_defaults(run=live)

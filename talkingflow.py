@@ -53,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from csrc.device import Captured, Processes, choose_device, few_threads
+from csrc.device import Captured, Processes, choose_device, few_threads, network_precision
 from csrc.gated_conv import kernel_runs, load_kernel
 from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
 from media.console import CLEAR, Interrupt, UserError
@@ -522,8 +522,7 @@ class TalkingFlow(nn.Module):
         return self.prior.log_prob(torch.cat(zs, 2), self.prior_mean(c)) + logdet
 
     def nll(self, x, c):
-        """-log p(x | c) / (T D), nats per coordinate per frame (B,). Of a density: it may well be
-        negative."""
+        """-log p(x | c) / (T D), nats per coordinate per frame (B,), often negative: p is a density."""
         return -self.log_prob(x, c) / (x.shape[1] * x.shape[2])
 
     def prior_mean(self, c):
@@ -586,8 +585,7 @@ class TalkingFlow(nn.Module):
 
 
 def pca(x, variance):
-    """The matrix (D, D) that gives x (B, T, D) uncorrelated coordinates of this variance, smallest
-    component first."""
+    """The matrix (D, D) that makes x (B, T, D) uncorrelated with this variance, smallest component first."""
     values, vectors = torch.linalg.eigh(torch.cov(x.double().flatten(0, 1).T))
     return (variance / values.clamp_min(values[-1] * 1e-8)).sqrt()[:, None] * vectors.T
 
@@ -757,30 +755,22 @@ class Trainer:
             found = f"no validation window of {self.T} frames vs at least 1"
             raise UserError(f"{clips.folder}: {found}. Prepare more clips or lower --seq_len")
         load_kernel()  # says on stderr which backend runs the networks, and why
-        if config.hidden <= 64:
-            few_threads(self.device)
+        few_threads(self.device, config.hidden)
         self.flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
         self.optimizer = build_optimizer(self.flow, config)
-        self.step, self.best = 0, math.inf
+        self.step, self.best, self.beside = 0, math.inf, lambda nll: ""
         self.fade, self.skipped = torch.zeros(2, device=self.device)  # see `update`
         self.generator = torch.Generator().manual_seed(config.seed + 1000003)  # the same in all processes
         torch.manual_seed(config.seed + 1000003 * self.rank + (state["step"] if state else 0))  # of dropout
         if state:
             with fits(self.out / "resume.pt"):
                 self.restore(state)
-        self.choose_precision()
+        for net in self.flow.modules():  # not the flow around them: its inverse stays exact in float32
+            if isinstance(net, ConditionTCN):
+                net.precision = network_precision(config.precision, config.hidden, self.device)
         self.model = self.processes.join(Objective(self.flow))  # after the start, which is the same in all
         graph = self.device.type == "cuda" and self.world == 1
         self.advance = Captured(self.update, self.device) if graph else self.update
-
-    def choose_precision(self):
-        """bfloat16 is for the networks; the flow around them stays float32, so its inverse stays exact."""
-        gpu = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
-        faster = gpu and self.config.hidden >= 128  # an H100: 41 ms a step instead of 58 at 256, equal at 64
-        if self.config.precision == "bfloat16" or (self.config.precision == "auto" and faster):
-            for net in self.flow.modules():
-                if isinstance(net, ConditionTCN):
-                    net.precision = torch.bfloat16
 
     def train_step(self):
         """One step of Adam on a fresh batch."""
@@ -809,8 +799,7 @@ class Trainer:
         self.skipped.copy_((self.skipped + 1) * bad)  # steps in a row
 
     def look(self, windows):
-        """A step whose gradient was not finite has changed nothing; it is named, five in a row end the
-        run."""
+        """A gradient that is not finite has changed nothing; it is named, five in a row end the run."""
         if not self.skipped:
             return
         names = ", ".join(clip["name"] for clip, _ in windows[:4])
@@ -845,12 +834,13 @@ class Trainer:
     def log(self, seconds):
         """Validate, append to log.jsonl, print, keep the best weights and everything that --resume needs."""
         train, val = (validate(self.flow, self.held[split]) for split in ("train", "val"))
-        speed = self.config.batch_size * self.T / seconds
-        entry = {"step": self.step, "train_nll": train, "val_nll": val, "frames_per_second": round(speed)}
+        speed = round(self.config.batch_size * self.T / seconds)
+        entry = {"step": self.step, "train_nll": train, "val_nll": val, "frames_per_second": speed}
         left = datetime.timedelta(seconds=round((self.steps - self.step) * seconds))
-        line = f"step {self.step:5d}/{self.steps}: train nll {train:.4f} val nll {val:.4f} | "
-        line += f"{seconds * 1000:.0f} ms a step | {speed:,.0f} frames/s | {left} left"
-        print(CLEAR + line, flush=True)
+        line = (
+            f"step {self.step:5d}/{self.steps}: train nll {train:.4f} val nll {val:.4f}{self.beside(val)} | "
+        )
+        print(CLEAR + line + f"{seconds * 1000:.0f} ms a step | {left} left", flush=True)
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
         if val < self.best:  # never true for NaN
@@ -869,8 +859,7 @@ class Trainer:
         self.save("resume.pt", best=self.best, optimizer=optimizer, generator=generator, torch_rng=dropout)
 
     def restore(self, state):
-        """Go on as if nothing had happened: the same windows and noise follow, on one process also the same
-        dropout."""
+        """Go on with the same windows and noise as if nothing had happened; alone, with the same dropout."""
         self.step, self.best = state["step"], state["best"]
         self.flow.load_state_dict(state["model"])
         rates = [group["lr"] for group in self.optimizer.param_groups]

@@ -20,10 +20,19 @@ def choose_device(name):
     return torch.device(name)
 
 
-def few_threads(device):
-    """One thread on a CPU: small tensors gain nothing from more, and lose much on a busy machine."""
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+def few_threads(device, hidden):
+    """One thread on a CPU for small tensors, which gain nothing from more, and lose much on a busy
+    machine."""
+    if hidden <= 64 and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def network_precision(asked, hidden, device):
+    """The dtype that the networks are trained in: asked for, or for "auto" the faster one. On an H100
+    bfloat16 took 41 ms a step instead of 58 at hidden 256, and as long as float32 at 64. None: as the
+    weights are."""
+    gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and gpu and hidden >= 128) else None
 
 
 class Processes:

@@ -365,6 +365,14 @@ def anchors(clips, T, noise, batches):
     return found
 
 
+def beside(found, nll):
+    """A validation NLL beside its `anchors`, for a line of the log."""
+    optimum, var3 = found.get("optimum"), found["VAR(3)"]
+    if optimum is None:
+        return f" ({nll - var3:+.4f} to VAR(3))"
+    return f" gap to the optimum {nll - optimum:.4f} (VAR(3) {var3 - optimum:.4f})"
+
+
 def jitter(track, truth):
     """Roughness of tracks (N, T, ...) over the truth's."""
     return ratio(np.stack([roughness(track), roughness(truth)], 1).sum(0))

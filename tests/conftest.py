@@ -46,18 +46,6 @@ def no_network(event, args):
 sys.addaudithook(no_network)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests too")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow: python -m pytest --slow runs it too")
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(skip)
-
-
 @pytest.fixture(scope="session")
 def grid():
     """Folder of real speech and landmarks (GRID corpus), or a skip."""

@@ -1,4 +1,5 @@
-"""Every command as a user runs it: a short run, its files, going on, stopping, and what happens with bad input."""
+"""Every command as a user runs it: a short run, its files, going on, stopping, and what happens with bad
+input."""
 
 import contextlib
 import io
@@ -31,7 +32,8 @@ SMALL = "--hidden 16 --steps_per_scale 1 --seq_len 40 --eval_interval 10".split(
 
 
 def run(folder, *args, main=talkingflow.main):
-    """The command line in this process: what it returns and prints. Processes of their own where they matter."""
+    """The command line in this process: what it returns and prints. Processes of their own where they
+    matter."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -490,7 +492,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 @pytest.mark.slow
 def test_real_speech_is_prepared_trained_and_sampled(grid, tmp_path):
-    """The road of a user with GRID: a few hundred steps, then a mouth that follows the sound better than chance."""
+    """The road of a user with GRID: a few hundred steps, then a mouth that follows the sound better than
+    chance."""
     done = run(tmp_path, grid, "--out", "data/grid", main=prepare_data.main)
     assert done.returncode == 0, done.stderr
     assert "611 clips" in done.stdout.splitlines()[-1]
