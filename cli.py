@@ -202,7 +202,8 @@ def held_out(data, name):
     return clip, clips.landmarks[rows], clips.mel[rows], np.array(sound), clips.meta["sample_rate"]
 
 
-PRETRAINED = METHOD.parent / "pretrained" / "grid.pt"  # see the card beside it
+WEIGHTS = "pretrained/grid.pt"  # see the card beside them
+PRETRAINED = METHOD.parent / WEIGHTS
 
 
 def find_checkpoint(args):
@@ -366,93 +367,82 @@ def truth_value(text):
     return text.lower() in ("true", "1")
 
 
-def build_parser():
-    """The command line: train, sample, stream and live."""
-    parser = argparse.ArgumentParser(
-        description=ast.get_docstring(ast.parse(METHOD.read_text(encoding="utf-8"))).split("[1]")[0]
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream | live")
-    shared = argparse.ArgumentParser(add_help=False)
+def shared_flags():
+    """-> (flags of every command, flags of the commands that speak), as parents of their parsers."""
+    shared, voice = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    voice = argparse.ArgumentParser(add_help=False)
-    voice.add_argument(
-        "--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid.pt]"
-    )
-    voice.add_argument(
-        "--temperature",
-        type=bounded(float, 0, 10),
-        default=1.0,
-        help="of the noise; 0: the central track [1]",
-    )
-    scale = {"type": bounded(float, 0, 3), "default": 1.0, "metavar": "S"}
-    voice.add_argument("--head", help="motion of the head: 0 still, 1 as trained [1]", **scale)
-    voice.add_argument("--lips", help="motion of the lips: 0 still, 1 as trained [1]", **scale)
-    voice.add_argument("--still", action="store_true", help="the same as --head 0")
-    voice.add_argument("--face", metavar="FILE", help="draw on this face: .npz, .npy, .csv or a picture")
-    voice.add_argument(
-        "--denoise",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="take the training noise out of the faces, which are no draws of the density then",
-    )
+    voice.add_argument("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
+    flag, scale = voice.add_argument, {"type": bounded(float, 0, 3), "default": 1.0, "metavar": "S"}
+    temperature = {"type": bounded(float, 0, 10), "default": 1.0}
+    flag("--temperature", help="of the noise; 0: the central track [1]", **temperature)
+    flag("--head", help="motion of the head: 0 still, 1 as trained [1]", **scale)
+    flag("--lips", help="motion of the lips: 0 still, 1 as trained [1]", **scale)
+    flag("--still", action="store_true", help="the same as --head 0")
+    flag("--face", metavar="FILE", help="draw on this face: .npz, .npy, .csv or a picture")
+    switch = {"action": argparse.BooleanOptionalAction, "default": True}
+    flag("--denoise", help="without the training noise, no draws of the density then", **switch)
+    return shared, voice
 
-    p = commands.add_parser(
-        "train", parents=[shared], help="train a flow", description="Train a flow on a prepared folder."
-    )
-    p.add_argument("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
-    p.add_argument("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
-    p.add_argument("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out [the newest one]")
-    p.add_argument("--force", action="store_true", help="overwrite the run in --out")
-    add_config_flags(p)
-    p.set_defaults(run=train)
 
-    p = commands.add_parser(
-        "sample",
-        parents=[shared, voice],
-        help="make faces speak a sound",
-        description="Sample landmarks for a sound, or for a held-out clip of the training data.",
-    )
-    p.add_argument("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
-    p.add_argument("--clip", help="name of a clip in the training folder [the first held-out one]")
-    p.add_argument(
-        "--num-samples", type=bounded(int, 1, 64), default=3, help="faces, each with its own noise [3]"
-    )
-    p.add_argument(
-        "--seed", type=bounded(int, 0, 2**62), default=0, help="of the first face; the next ones count up [0]"
-    )
-    p.add_argument(
-        "--out",
-        help=f"file; the suffix is the format: {' '.join(WRITERS)}; a name that ends in /: a folder of "
-        "landmark pictures for renderers [sample.html beside the checkpoint]",
-    )
-    p.add_argument("--force", action="store_true", help="overwrite --out")
-    p.set_defaults(run=sample)
+def train_flags(flag):
+    flag("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
+    flag("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
+    flag("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
+    flag("--resume", action="store_true", help="go on with the run in --out [the newest one]")
+    flag("--force", action="store_true", help="overwrite the run in --out")
 
-    p = commands.add_parser(
-        "stream",
-        parents=[shared, voice],
-        help="speak live",
-        description="Raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as it arrives.",
-    )
-    p.add_argument(
-        "--rate", type=bounded(int, 4000, 384000), default=16000, help="sample rate of the PCM, Hz [16000]"
-    )
-    p.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, help="of the noise [0]")
-    p.set_defaults(run=stream)
 
-    p = commands.add_parser(
-        "live",
-        parents=[shared],
-        help="write a page that hears a microphone",
-        description="Write one self-contained page: microphone or sound file -> faces, in the browser.",
-    )
-    p.add_argument("--checkpoint", help="a run's checkpoint.pt [the newest run's, else pretrained/grid.pt]")
-    p.add_argument("--out", default="live.html", help="the page [live.html]")
-    p.add_argument("--force", action="store_true", help="overwrite --out")
-    p.set_defaults(run=live)
+def sample_flags(flag):
+    count, seed = bounded(int, 1, 64), bounded(int, 0, 2**62)
+    flag("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
+    flag("--clip", help="name of a clip in the training folder [the first held-out one]")
+    flag("--num-samples", type=count, default=3, help="faces, each with its own noise [3]")
+    flag("--seed", type=seed, default=0, help="of the first face; the next ones count up [0]")
+    pictures = "a name that ends in /: a folder of landmark pictures for renderers"
+    formats = f"file; the suffix is the format: {' '.join(WRITERS)}; {pictures}"
+    flag("--out", help=f"{formats} [sample.html beside the checkpoint]")
+    flag("--force", action="store_true", help="overwrite --out")
+
+
+def stream_flags(flag):
+    rate, seed = bounded(int, 4000, 384000), bounded(int, 0, 2**62)
+    flag("--rate", type=rate, default=16000, help="sample rate of the PCM, Hz [16000]")
+    flag("--seed", type=seed, default=0, help="of the noise [0]")
+
+
+def live_flags(flag):
+    flag("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
+    flag("--out", default="live.html", help="the page [live.html]")
+    flag("--force", action="store_true", help="overwrite --out")
+
+
+def build_parser():
+    """The command line: train, sample, stream and live."""
+    about = ast.get_docstring(ast.parse(METHOD.read_text(encoding="utf-8"))).split("[1]")[0]
+    parser = argparse.ArgumentParser(description=about)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | sample | stream | live")
+    shared, voice = shared_flags()
+    pcm = "Raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, as it arrives."
+    page = "Write one self-contained page: microphone or sound file -> faces, in the browser."
+    for run, flags, parents, text, more in (
+        (train, train_flags, [shared], "train a flow", "Train a flow on a prepared folder."),
+        (
+            sample,
+            sample_flags,
+            [shared, voice],
+            "make faces speak a sound",
+            "Landmarks for a sound or a clip.",
+        ),
+        (stream, stream_flags, [shared, voice], "speak live", pcm),
+        (live, live_flags, [shared], "write a page that hears a microphone", page),
+    ):
+        command = commands.add_parser(run.__name__, parents=parents, help=text, description=more)
+        flags(command.add_argument)
+        command.set_defaults(run=run)
+        if run is train:
+            add_config_flags(command)
     return parser
 
 
