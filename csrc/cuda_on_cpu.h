@@ -3,20 +3,22 @@
 //   grid of blocks    independent, in any order. Here: one after another.
 //   block of threads  share one piece of shared memory and can meet at __syncthreads(). Here: every thread is a fiber
 //                     (its own stack and program counter) that runs until it finishes or waits, then the next one runs.
-//   warp              32 neighbouring threads that can read each other's registers (__shfl_down_sync). Here: lanes
-//                     leave their value in a mailbox, wait for the other 31, and read.
+//   warp              32 neighbouring threads that can read each other's registers (ldmatrix, mma). Here: lanes leave
+//                     their value in a mailbox, wait for the other 31, and read.
 //   shared memory     exactly as many bytes as the launch asked for, filled with NaN (0xFF), never with zeros.
+//   cp.async          copies that arrive some time before the thread's own wait returns. Here: as late as allowed,
+//                     inside the wait; until then the destination holds NaN.
 //
 // What real hardware leaves undefined stops the program here, with the line: threads of a block waiting at different
-// barriers, a thread that returns while others wait, part of a warp at a shuffle, more than 1024 threads or 48 KB per
-// block, a grid over the limits. The same binary under -fsanitize=address finds a read past a buffer or past shared
-// memory; under -fsanitize=thread, where each CUDA thread is a TSan fiber ordered by barriers alone, it finds a missing
-// barrier and two blocks that write one address.
+// barriers, a thread that returns while others wait, part of a warp at an exchange, more than 1024 threads or more
+// shared memory per block than asked for and allowed, a grid over the limits, an address off its alignment. The same
+// binary under -fsanitize=address finds a read past a buffer or past shared memory; under -fsanitize=thread a missing
+// barrier and two blocks that write one address (cuda_on_cpu_watchers.h tells the sanitizers what a fiber is).
 //
 // CUDA_ON_CPU_ORDER = ascending | descending | shuffle:SEED   the order in which a block's threads take turns
 // CUDA_ON_CPU_BLOCKS = last                                   run only the last block (tests of 64-bit indices)
 //
-// Not modelled: time, occupancy, weak memory order between blocks, fast-math ulps, atomics, cp.async, streams.
+// Not modelled: time, occupancy, weak memory order between blocks, fast-math ulps, atomics, streams, the compiler.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -30,11 +32,7 @@
 #include <mutex>
 #include <random>
 #include <vector>
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
-#elif defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "cuda_on_cpu_watchers.h"
 
 #define __global__
 #define __device__
@@ -46,10 +44,14 @@ struct dim3 {
 };
 
 namespace cuda_on_cpu {
-#define UNTRACED __attribute__((no_sanitize("thread"), noinline))  // the scheduler must not show up in a race report
-constexpr size_t STACK_BYTES = 256 * 1024, SHARED_LIMIT = 48 * 1024;
-enum State { RUNS, AT_BARRIER, AT_SHUFFLE, FINISHED };
+constexpr size_t STACK_BYTES = 256 * 1024, SHARED_LIMIT = 99 * 1024;  // the least of any GPU with tensor cores for bf16
+enum State { RUNS, AT_BARRIER, AT_EXCHANGE, FINISHED };
 
+struct Copy {  // one cp.async under way
+    char* to;
+    const char* from;
+    size_t bytes, valid;  // zeros behind `valid`
+};
 struct Thread {
     ucontext_t context;
     char* stack = nullptr;
@@ -58,32 +60,21 @@ struct Thread {
     int line, barriers;           // the line where it waits; how many barriers it has passed
     alignas(8) char mail[2][32];  // what it shows to the other lanes of its warp, in turns
     unsigned exchanges;
-    void *tsan = nullptr, *asan = nullptr;  // what the sanitizers call this fiber
+    Copy copies[512];  // those not yet waited for: the first `under_way`
+    int under_way;
+    watchers::Fiber fiber;
 };
-
-// ThreadSanitizer must see no order between blocks, so neighbouring blocks run on different fibers with clocks of their
-// own.
-#if defined(__SANITIZE_THREAD__)
-constexpr int CREWS = 4;
-#else
-constexpr int CREWS = 1;
-#endif
 
 // One launch at a time (the mutex), so plain globals will do.
 inline std::mutex launch_lock;
-inline Thread crews[CREWS][1024], *threads = crews[0];  // the fibers; those of the running block
-inline Thread* self = nullptr;                          // the fiber that runs
+inline Thread crews[watchers::CREWS][1024], *threads = crews[0];  // the fibers; those of the running block
+inline Thread* self = nullptr;                                    // the fiber that runs
 inline size_t thread_count = 0;
 inline ucontext_t scheduler;
 inline dim3 block_index, block_size, grid_size;
 inline char* shared_memory = nullptr;
 inline const std::function<void()>* kernel_call = nullptr;
-inline void *scheduler_tsan = nullptr,
-            *scheduler_asan = nullptr;  // the sanitizers' names for the scheduler's own stack
-inline const void* scheduler_stack = nullptr;
-inline size_t scheduler_stack_bytes = 0;
-inline char clocks[CREWS][2], *barrier_clocks = clocks[0], begin_clock,
-                              end_clock;  // TSan orders memory by these addresses
+inline char clocks[watchers::CREWS][2], *barrier_clocks = clocks[0], begin_clock, end_clock;
 
 [[noreturn]] inline void fail(const char* what, int line = 0) {
     fprintf(stderr, "cuda_on_cpu: %s", what);
@@ -94,57 +85,35 @@ inline char clocks[CREWS][2], *barrier_clocks = clocks[0], begin_clock,
 
 UNTRACED inline void resume(Thread& t) {  // scheduler -> thread
     self = &t;
-#if defined(__SANITIZE_THREAD__)
-    __tsan_switch_to_fiber(t.tsan, __tsan_switch_to_fiber_no_sync);
-#elif defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&scheduler_asan, t.stack, STACK_BYTES);
-#endif
+    watchers::before_resume(t.fiber, t.stack, STACK_BYTES);
     swapcontext(&scheduler, &t.context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(scheduler_asan, nullptr, nullptr);
-#endif
+    watchers::after_resume();
 }
 
 UNTRACED inline void pause(State why, int line) {  // thread -> scheduler, until the scheduler resumes it
     Thread& t = *self;
     t.state = why;
     t.line = line;
-#if defined(__SANITIZE_THREAD__)
-    __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
-#elif defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(why == FINISHED ? nullptr : &t.asan, scheduler_stack, scheduler_stack_bytes);
-#endif
+    watchers::before_pause(t.fiber, why == FINISHED);
     swapcontext(&t.context, &scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(t.asan, nullptr, nullptr);
-#endif
+    watchers::after_pause(t.fiber);
 }
 
 UNTRACED inline void thread_main() {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-#endif
-#if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(&begin_clock);
-#endif
+    watchers::first_steps();
+    watchers::observe(&begin_clock);
     (*kernel_call)();
-#if defined(__SANITIZE_THREAD__)
-    __tsan_release(&end_clock);
-#endif
+    watchers::publish(&end_clock);
     pause(FINISHED, 0);
 }
 
 // All threads of the block meet. Two clocks take turns: with one, a thread that rushes on to the next barrier would
 // lend its later work to threads still leaving this one, and TSan would miss races.
 UNTRACED inline void barrier(int line) {
-#if defined(__SANITIZE_THREAD__)
     char* const clock = &barrier_clocks[self->barriers++ % 2];
-    __tsan_release(clock);
-#endif
+    watchers::publish(clock);
     pause(AT_BARRIER, line);
-#if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(clock);
-#endif
+    watchers::observe(clock);
 }
 
 // A warp's exchange: every lane shows a value, waits for the 31 others, and reads any lane's. Two mailboxes take turns,
@@ -152,18 +121,14 @@ UNTRACED inline void barrier(int line) {
 // none.
 template <class V> UNTRACED inline void show(const V& value, int line) {
     static_assert(sizeof(V) <= sizeof(Thread::mail) / 2, "a lane shows at most 32 bytes");
-    memcpy(self->mail[++self->exchanges % 2], &value, sizeof(V));
-    pause(AT_SHUFFLE, line);
+    *reinterpret_cast<V*>(self->mail[++self->exchanges % 2]) = value;
+    pause(AT_EXCHANGE, line);
 }
-template <class V> inline const V& shown_by(unsigned lane) {
+template <class V> UNTRACED inline V shown_by(unsigned lane) {
     return *reinterpret_cast<const V*>(threads[(self - threads) / 32 * 32 + lane % 32].mail[self->exchanges % 2]);
 }
-template <class V> UNTRACED inline V from_lane(V value, unsigned lane, int line) {
-    show(value, line);
-    return shown_by<V>(lane);
-}
 
-// Moves waiting threads on: a warp whose 32 lanes stand at one shuffle, or a block whose threads all stand at one
+// Moves waiting threads on: a warp whose 32 lanes stand at one exchange, or a block whose threads all stand at one
 // barrier.
 UNTRACED inline bool release() {
     bool moved = false;
@@ -174,7 +139,7 @@ UNTRACED inline bool release() {
         for (size_t i = first; i < first + lanes; ++i) {
             const Thread& t = threads[i];
             finished += t.state == FINISHED;
-            if (t.state == AT_SHUFFLE) waiting += t.line == threads[first].line;
+            if (t.state == AT_EXCHANGE) waiting += t.line == threads[first].line;
             if (t.state != AT_BARRIER) continue;
             if (at_barrier++ == 0) barrier_line = t.line;
             if ((int)barrier_line != t.line) fail("threads of one block wait at different barriers", t.line);
@@ -190,7 +155,7 @@ UNTRACED inline bool release() {
     }
     if (moved || finished == thread_count) return moved;
     for (size_t i = 0; i < thread_count; ++i) {
-        if (threads[i].state == AT_SHUFFLE) fail("a shuffle without all 32 lanes of the warp", threads[i].line);
+        if (threads[i].state == AT_EXCHANGE) fail("an exchange without all 32 lanes of the warp", threads[i].line);
     }
     fail("a barrier that some threads of the block never reach", (int)barrier_line);
 }
@@ -199,16 +164,14 @@ UNTRACED inline void start(Thread& t, size_t i) {
     if (!t.stack)
         t.stack = (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (t.stack == MAP_FAILED) fail("no memory for a thread's stack");
-#if defined(__SANITIZE_THREAD__)
-    if (!t.tsan) t.tsan = __tsan_create_fiber(0);
-#endif
+    watchers::create(t.fiber);
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack;
     t.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&t.context, (void (*)())thread_main, 0);
     t.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
     t.state = RUNS;
-    t.barriers = t.exchanges = 0;
+    t.barriers = t.exchanges = t.under_way = 0;
 }
 
 UNTRACED inline void run_block(const std::vector<size_t>& order) {
@@ -236,40 +199,41 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
     if (count < 1 || count > 1024) fail("a block needs 1 to 1024 threads");
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         fail("grid out of range");
-    if (bytes > SHARED_LIMIT) fail("more than 48 KB of shared memory");
+    if (bytes > SHARED_LIMIT) fail("more than 99 KB of shared memory");
     thread_count = count;
     block_size = block;
     grid_size = grid;
     kernel_call = &call;
-#if defined(__SANITIZE_THREAD__)
-    scheduler_tsan = __tsan_get_current_fiber();
-#endif
+    watchers::scheduler_is_here();
     const std::vector<size_t> order = thread_order(count);
     const char* which = getenv("CUDA_ON_CPU_BLOCKS");
     const unsigned long long blocks = (unsigned long long)grid.x * grid.y * grid.z,
                              first = which && !strcmp(which, "last") ? blocks - 1 : 0;
     for (unsigned long long i = first; i < blocks; ++i) {
-        threads = crews[i % CREWS];
-        barrier_clocks = clocks[i % CREWS];
+        threads = crews[i % watchers::CREWS];
+        barrier_clocks = clocks[i % watchers::CREWS];
         block_index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-        shared_memory = (char*)aligned_alloc(16, (bytes + 15) / 16 * 16);
+        shared_memory = (char*)aligned_alloc(128, (bytes + 127) / 128 * 128);
         memset(shared_memory, 0xFF, bytes);
-#if defined(__SANITIZE_THREAD__)
-        __tsan_release(&begin_clock);  // a block sees the launches before, and its shared memory
-#endif
+        watchers::publish(&begin_clock);  // a block sees the launches before, and its shared memory
         run_block(order);
-#if !defined(__SANITIZE_THREAD__)  // under TSan blocks must not meet through a reused address
-        free(shared_memory);
-#endif
+        if (watchers::REUSES_SHARED_MEMORY) free(shared_memory);
     }
-#if defined(__SANITIZE_THREAD__)
-    __tsan_acquire(&end_clock);
-#endif
+    watchers::observe(&end_clock);
 }
 
 UNTRACED inline dim3 thread_index() { return self->index; }
 UNTRACED inline dim3 current_block() { return block_index; }
 UNTRACED inline void* shared() { return shared_memory; }
+UNTRACED inline void begin_copy(void* to, const void* from, size_t bytes, size_t valid) {
+    if (self->under_way == sizeof(self->copies) / sizeof(Copy)) fail("more copies under way than this model holds");
+    self->copies[self->under_way++] = {(char*)to, (const char*)from, bytes, valid};
+}
+UNTRACED inline bool take_copy(Copy& copy) {
+    if (self->under_way == 0) return false;
+    copy = self->copies[--self->under_way];
+    return true;
+}
 }  // namespace cuda_on_cpu
 
 #define threadIdx (cuda_on_cpu::thread_index())
@@ -277,8 +241,6 @@ UNTRACED inline void* shared() { return shared_memory; }
 #define blockDim (cuda_on_cpu::block_size)
 #define gridDim (cuda_on_cpu::grid_size)
 #define __syncthreads() cuda_on_cpu::barrier(__LINE__)
-#define __shfl_down_sync(mask, value, distance) \
-    cuda_on_cpu::from_lane(value, std::min<unsigned>(threadIdx.x % 32 + (distance), 31), __LINE__)
 #define SHARED(type, name) type* const name = static_cast<type*>(cuda_on_cpu::shared())
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
     ((void)(stream), cuda_on_cpu::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
@@ -304,36 +266,4 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
     memcpy(&wide, &f, 4);
     if (f != f) return {0x7fff};  // CUDA's NaN
     return {(uint16_t)((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
-}
-
-// ---- Tensor-core instructions, from their documented lane maps (PTX ISA, mma.m16n8k16 and ldmatrix) -----------------
-struct alignas(4) __nv_bfloat162 {
-    __nv_bfloat16 x, y;
-};
-
-inline void ldmatrix_x4(unsigned (&r)[4], const __nv_bfloat16* row) {
-    if ((uintptr_t)row % 16) cuda_on_cpu::fail("ldmatrix needs rows on 16-byte boundaries");
-    const unsigned lane = threadIdx.x % 32;
-    cuda_on_cpu::show(row, __LINE__);
-    for (unsigned m = 0; m < 4; ++m) {
-        r[m] =
-            reinterpret_cast<const unsigned*>(cuda_on_cpu::shown_by<const __nv_bfloat16*>(8 * m + lane / 4))[lane % 4];
-    }
-}
-
-inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    struct Fragments {
-        unsigned a[4], b[2];
-    };
-    const auto value = [](unsigned pair, int k) { return __bfloat162float({(uint16_t)(pair >> k % 2 * 16)}); };
-    const unsigned lane = threadIdx.x % 32;
-    cuda_on_cpu::show(Fragments{{a[0], a[1], a[2], a[3]}, {b0, b1}}, __LINE__);
-    for (int e = 0; e < 4; ++e) {
-        const int column = lane % 4 * 2 + e % 2;
-        for (int k = 0; k < 16; ++k) {
-            const Fragments &fa = cuda_on_cpu::shown_by<Fragments>(lane / 4 * 4 + k % 8 / 2),
-                            &fb = cuda_on_cpu::shown_by<Fragments>(column * 4 + k % 8 / 2);
-            d[e] += value(fa.a[e / 2 + k / 8 * 2], k) * value(fb.b[k / 8], k);
-        }
-    }
 }

@@ -1,7 +1,40 @@
 // The PyTorch binding of gated_conv.cu: schema, argument checks, memory, device and stream. Uses PyTorch's stable C
 // ABI, so it compiles in seconds and one build serves every later PyTorch. Shapes without data (fake), autograd and
-// autocast are registered from Python, in talkingflow.py. With -DCUDA_ON_CPU the same kernels become CPU operators
+// autocast are registered from Python, in gated_conv.py. With -DCUDA_ON_CPU the same kernels become CPU operators
 // (cuda_on_cpu.h) in a library of their own, talkingflow_cpu: that is what the tests run on a machine without a GPU.
+//
+// No number here passes through a C++ stream: where libstdc++ is linked statically, as some images do, that crashes
+// (its locale was never set up). PyTorch's own checking macros use streams, so they get new bodies before they are used.
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+#if __has_include(<torch/csrc/stable/macros.h>)
+#include <torch/csrc/stable/macros.h>
+#endif
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace {
+template <class V> std::string in_words(const V& v) {
+    if constexpr (std::is_integral_v<V>) return std::to_string(v);
+    else if constexpr (std::is_convertible_v<V, std::string>) return v;
+    else return "?";  // nothing of ours; perhaps an argument of a header's own check
+}
+template <class... V> [[noreturn]] void refuse(const V&... parts) {
+    throw std::runtime_error((std::string() + ... + in_words(parts)));
+}
+}  // namespace
+#undef STD_TORCH_CHECK
+#undef TORCH_ERROR_CODE_CHECK
+#undef STABLE_TORCH_ERROR_CODE_CHECK
+#define STD_TORCH_CHECK(condition, ...) \
+    if (!(condition)) { /* without do-while: the headers leave the semicolon out */ \
+        refuse("gated_conv: ", ##__VA_ARGS__); \
+    }
+#define TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == 0, "PyTorch refused ", #call)
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -30,7 +63,7 @@ int dtype_code(const Tensor& x) {
         case ScalarType::Double: return 1;
         case ScalarType::Half: return 2;
         case ScalarType::BFloat16: return 3;
-        default: STD_TORCH_CHECK(false, "gated_conv: x must be float32, float64, float16 or bfloat16");
+        default: refuse("gated_conv: x must be float32, float64, float16 or bfloat16");
     }
 }
 
@@ -43,47 +76,50 @@ void check_tensor(const char* name, const Tensor& v, const Tensor& x, std::initi
         std::string found, wanted;
         for (axis = 0; axis < v.dim(); ++axis) found += (axis ? ", " : "") + std::to_string(v.size(axis));
         for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
-        STD_TORCH_CHECK(false, "gated_conv: ", name, " has shape (", found, ") vs expected (", wanted, ")");
+        refuse("gated_conv: ", name, " has shape (", found, ") vs expected (", wanted, ")");
     }
-    STD_TORCH_CHECK(v.scalar_type() == x.scalar_type(), "gated_conv: ", name,
+    STD_TORCH_CHECK(v.scalar_type() == x.scalar_type(), name,
                     " and x differ in dtype; cast them, or run under torch.autocast");
-    STD_TORCH_CHECK(v.is_cuda() == x.is_cuda() && v.get_device_index() == x.get_device_index(), "gated_conv: ", name,
+    STD_TORCH_CHECK(v.is_cuda() == x.is_cuda() && v.get_device_index() == x.get_device_index(), name,
                     " and x are on different devices");
 }
 
-// (B, channels, T) as the kernels read it: each batch item contiguous. A slice of channels passes as it is, others are
-// copied.
-Tensor item_contiguous(const Tensor& v) {
-    const bool fits =
-        v.numel() == 0 || ((v.stride(2) == 1 || v.size(2) == 1) && (v.stride(1) == v.size(2) || v.size(1) == 1));
+// (B, T, channels) as the kernels read it: the channels of a frame neighbours, frames one stride apart through all
+// items. A slice of channels passes as it is, others are copied.
+Tensor frames_apart(const Tensor& v) {
+    const bool fits = v.numel() == 0 || ((v.stride(2) == 1 || v.size(2) == 1) && v.stride(1) >= v.size(2) &&
+                                         (v.size(0) == 1 || v.stride(0) == v.size(1) * v.stride(1)));
     return fits ? v : torch::stable::contiguous(v);
 }
 
+// (2H, C, K) as the kernels read it, K before C. The transposed view of a (2H, K, C) parameter costs nothing here.
+Tensor taps_first(const Tensor& w) { return torch::stable::contiguous(torch::stable::transpose(w, 1, 2)); }
+
 // Checks x and weight, makes both readable by the kernels, and describes them.
 Layer layer_of(Tensor& x, Tensor& weight, int64_t dilation) {
-    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "gated_conv: x must be (B, C, T) and weight (2H, C, K)");
-    STD_TORCH_CHECK(weight.size(0) % 2 == 0, "gated_conv: weight has ", weight.size(0),
+    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "x must be (B, T, C) and weight (2H, C, K)");
+    STD_TORCH_CHECK(weight.size(0) % 2 == 0, "weight has ", weight.size(0),
                     " rows vs an even number expected (values, then gates)");
     STD_TORCH_CHECK(weight.size(2) >= 1 && weight.size(2) <= 1024 && dilation >= 1,
-                    "gated_conv: kernel size must be 1 to 1024, dilation at least 1");
-    check_tensor("weight", weight, x, {weight.size(0), x.size(1), weight.size(2)});
+                    "kernel size must be 1 to 1024, dilation at least 1");
+    check_tensor("weight", weight, x, {weight.size(0), x.size(2), weight.size(2)});
     for (const int64_t size : {x.size(0), x.size(1), x.size(2), weight.size(0), weight.size(2), dilation}) {
-        STD_TORCH_CHECK(size < (int64_t(1) << 31), "gated_conv: a size of ", size, " is over 2^31 - 1");
+        STD_TORCH_CHECK(size < (int64_t(1) << 31), "a size of ", size, " is over 2^31 - 1");
     }
-    x = item_contiguous(x);
-    weight = torch::stable::contiguous(weight);
+    x = frames_apart(x);
+    weight = taps_first(weight);
     Layer n{};
-    n.B = (int)x.size(0), n.C = (int)x.size(1), n.T = (int)x.size(2);
-    n.H = (int)(weight.size(0) / 2), n.K = (int)weight.size(2), n.dilation = (int)dilation;
-    n.x_batch = x.stride(0);
+    n.B = (int)x.size(0), n.T = (int)x.size(1), n.C = (int)x.size(2);
+    n.H = (int)(weight.size(0) / 2), n.K = (int)weight.size(1), n.dilation = (int)dilation;
+    n.x_row = x.stride(1);
     return n;
 }
 
 int choose_version(int code, int64_t version, const Layer& n) {
-    const int chosen = gated_conv_version(code, (int)version, &n);
-    STD_TORCH_CHECK(chosen > 0, "gated_conv: version ", version,
-                    " cannot run this: 1 takes everything, 2 needs kernel size and dilation whose tile fits "
-                    "48 KB of shared memory, 3 also bfloat16 and a GPU of compute capability 8.0; 0 chooses");
+    const int chosen = gated_conv_version(code, version > 9 ? 9 : (int)version, &n);
+    STD_TORCH_CHECK(chosen > 0, "version ", version,
+                    " cannot run this: 1 takes everything, 2 and 3 need taps whose tile fits 48 KB of shared memory, "
+                    "4 fits 99 KB and needs float16 or bfloat16 and a GPU of compute capability 8.0; 0 chooses");
     return chosen;
 }
 
@@ -95,7 +131,7 @@ struct OnDevice {
     void* stream = nullptr;
 #else
     explicit OnDevice(const Tensor& x) : guard(x.get_device_index()) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
     }
     torch::stable::accelerator::DeviceGuard guard;
     void* stream = nullptr;
@@ -111,40 +147,41 @@ std::tuple<Tensor, Tensor> forward_op(Tensor x, Tensor weight, std::optional<Ten
         bias = torch::stable::contiguous(*bias);
     }
     if (cond) {
-        check_tensor("cond", *cond, x, {n.B, 2 * n.H, n.T});
-        cond = item_contiguous(*cond);
-        n.cond_batch = cond->stride(0);
+        check_tensor("cond", *cond, x, {n.B, n.T, 2 * n.H});
+        cond = frames_apart(*cond);
+        n.cond_row = cond->stride(1);
     }
     const OnDevice device(x);
-    Tensor y = torch::stable::new_empty(x, {n.B, n.H, n.T});
-    Tensor h = torch::stable::new_empty(x, {save ? n.B : 0, 2 * n.H, n.T});
+    const int chosen = choose_version(code, version, n);
+    Tensor y = torch::stable::new_empty(x, {n.B, n.T, n.H});
+    Tensor a = torch::stable::new_empty(x, {save ? n.B : 0, n.T, 2 * n.H});
     const char* problem = gated_conv_forward(
-        code, choose_version(code, version, n), &n, x.data_ptr(), weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
-        cond ? cond->data_ptr() : nullptr, y.data_ptr(), save ? h.data_ptr() : nullptr, device.stream);
-    STD_TORCH_CHECK(!problem, "gated_conv: ", problem);
-    return {y, h};
+        code, chosen, &n, x.data_ptr(), weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
+        cond ? cond->data_ptr() : nullptr, y.data_ptr(), save ? a.data_ptr() : nullptr, device.stream);
+    STD_TORCH_CHECK(!problem, problem);
+    return {y, a};
 }
 
-// Returns dx, dweight, dbias and dh, which is also the gradient of cond.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor h, Tensor x, Tensor weight, int64_t dilation,
+// Returns dx, dweight, dbias and da, which is also the gradient of cond.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor a, Tensor x, Tensor weight, int64_t dilation,
                                                        int64_t version) {
     const Layer n = layer_of(x, weight, dilation);
     const int code = dtype_code(x);
-    check_tensor("dy", dy, x, {n.B, n.H, n.T});
-    check_tensor("h (kept only when save is true)", h, x, {n.B, 2 * n.H, n.T});
+    check_tensor("dy", dy, x, {n.B, n.T, n.H});
+    check_tensor("a (kept only when save is true)", a, x, {n.B, n.T, 2 * n.H});
     dy = torch::stable::contiguous(dy);  // often expanded (from a sum) or a slice (from a cat)
-    h = torch::stable::contiguous(h);
+    a = torch::stable::contiguous(a);
     const OnDevice device(x);
-    Tensor dx = torch::stable::new_empty(x, {n.B, n.C, n.T}), dw = torch::stable::new_empty(x, {2 * n.H, n.C, n.K});
-    Tensor dbias = torch::stable::new_empty(x, {2 * n.H}), dh = torch::stable::new_empty(x, {n.B, 2 * n.H, n.T});
     const int chosen = choose_version(code, version, n);
+    Tensor dx = torch::stable::new_empty(x, {n.B, n.T, n.C}), dw = torch::stable::new_empty(x, {2 * n.H, n.K, n.C});
+    Tensor dbias = torch::stable::new_empty(x, {2 * n.H}), da = torch::stable::new_empty(x, {n.B, n.T, 2 * n.H});
     const ScalarType sum = code == 1 ? ScalarType::Double : ScalarType::Float;
     Tensor workspace = torch::stable::new_empty(x, {gated_conv_workspace(chosen, &n)}, sum);
-    const char* problem = gated_conv_backward(code, chosen, &n, dy.data_ptr(), h.data_ptr(), x.data_ptr(),
-                                              weight.data_ptr(), dh.data_ptr(), dx.data_ptr(), dw.data_ptr(),
+    const char* problem = gated_conv_backward(code, chosen, &n, dy.data_ptr(), a.data_ptr(), x.data_ptr(),
+                                              weight.data_ptr(), da.data_ptr(), dx.data_ptr(), dw.data_ptr(),
                                               dbias.data_ptr(), workspace.data_ptr(), device.stream);
-    STD_TORCH_CHECK(!problem, "gated_conv: ", problem);
-    return {dx, dw, dbias, dh};
+    STD_TORCH_CHECK(!problem, problem);
+    return {dx, torch::stable::transpose(dw, 1, 2), dbias, da};  // dweight lies as the kernels' weight does
 }
 }  // namespace
 
@@ -155,10 +192,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(Tensor dy, Tensor h, Tens
 DEFINE(LIBRARY, m) {
     m.def(
         "gated_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? cond, int dilation, bool save, int version) -> "
-        "(Tensor y, Tensor h)");
+        "(Tensor y, Tensor a)");
     m.def(
-        "gated_conv_backward(Tensor dy, Tensor h, Tensor x, Tensor weight, int dilation, int version) -> (Tensor dx, "
-        "Tensor dweight, Tensor dbias, Tensor dh)");
+        "gated_conv_backward(Tensor dy, Tensor a, Tensor x, Tensor weight, int dilation, int version) -> (Tensor dx, "
+        "Tensor dweight, Tensor dbias, Tensor da)");
 }
 
 IMPLEMENT(LIBRARY, BACKEND, m) {

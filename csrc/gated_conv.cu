@@ -1,17 +1,21 @@
 // The fused operator of the ConditionTCN (Fig. 1C, Eq. 8): causal dilated convolution + bias + conditioning + gate.
 //
-//     a[b, o, t] = bias[o] + cond[b, o, t] + sum_{i, k} w[o, i, k] * x[b, i, t - (K - 1 - k) * d]     (x = 0 if t < 0)
-//     y[b, c, t] = tanh(a[b, c, t]) * sigmoid(a[b, H + c, t])
+//     a[b, t, o] = bias[o] + cond[b, t, o] + sum_{k, c} w[o, k, c] x[b, t - (K - 1 - k) d, c]     (x = 0 before t = 0)
+//     y[b, t, c] = tanh(a[b, t, c]) sigmoid(a[b, t, H + c])
 //
-//     x (B, C, T)   w (2H, C, K)   bias (2H)   cond (B, 2H, T)   h = a as stored (B, 2H, T)   y (B, H, T)   d dilation
+//     x (B, T, C)   w (2H, K, C)   bias (2H)   cond, a (B, T, 2H)   y (B, T, H)   d dilation
 //
-// The file is a ladder; every rung computes the same numbers and can be selected:
-//   version 1  naive: one thread per output, everything from global memory                   any dtype
-//   version 2  tiled: 64 rows x 64 times per block through shared memory, 32 sums a thread   any dtype, the default
-//   version 3  the same tile on tensor cores (ldmatrix, mma.sync), channels last in shared   bfloat16, sm_80 and later
-// Backward keeps h, recomputes the gate in float32 (float64 for float64) and needs three more kernels: dx is the
-// forward tile with taps flipped and weights transposed, dw a tile over (rows, channels) split over batch and time,
-// dbias a sum.
+// Channels last: the channels of one frame are neighbours in memory, in w too, so a tap is a shift by whole rows. For a
+// frame this is a matrix product: (rows of frames) x (K C numbers) times (K C numbers) x (2H), then the gate.
+//
+// The file is a ladder; every rung computes the same numbers, adds one idea and can be selected:
+//   version 1  naive: one thread per output, everything from global memory                                 any dtype
+//   version 2  a tile in shared memory: what 256 threads read is loaded once                               any dtype
+//   version 3  registers: a thread owns 32 sums, so each number it reads from the tile is used 4 or 8 times  any dtype
+//   version 4  tensor cores: a warp multiplies 16 x 16 by 16 x 8 at once, fed by cp.async       16-bit, sm_80 and later
+// Backward keeps a and recomputes the gate from it in float32 (float64 for float64): da, which is dcond too, and parts
+// of dbias; then dx is the forward product with w transposed and taps that look ahead, dw a product summed over all
+// frames, split into parts, which one more kernel adds up.
 // No float atomics and no flags between blocks: every sum has one fixed order, so results are the same bit for bit.
 //
 // Nothing here knows PyTorch (gated_conv.cpp does). nvcc compiles this file for a GPU; g++ compiles the same text
@@ -21,18 +25,22 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define SHARED(type, name) \
-    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
     type* const name = reinterpret_cast<type*>(shared_bytes)
 #define LAUNCH(kernel, grid, block, bytes, stream, ...) \
     do { \
+        if ((bytes) > 48 * 1024) /* more has to be asked for */ \
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)); \
         kernel<<<grid, block, bytes, (cudaStream_t)(stream)>>>(__VA_ARGS__); \
         if (const cudaError_t error = cudaGetLastError()) return cudaGetErrorString(error); \
     } while (0)
 #else
 #include "cuda_on_cpu.h"
 #endif
+#include <stdint.h>
 #include <type_traits>
 #include "gated_conv.h"
+#include "tensor_cores.h"
 
 // ---- Storage and arithmetic types -----------------------------------------------------------------------------------
 // Memory holds T; sums, tanh and exp are done in Sum<T>: float32, or float64 for float64.
@@ -43,6 +51,7 @@ template <> struct SumOf<double> {
     using type = double;
 };
 template <class T> using Sum = typename SumOf<T>::type;
+template <class T> constexpr bool IS_16_BIT = sizeof(T) == 2;
 
 __device__ inline float load(float v) { return v; }
 __device__ inline double load(double v) { return v; }
@@ -53,6 +62,11 @@ __device__ inline void store(double* p, double v) { *p = v; }
 __device__ inline void store(__half* p, float v) { *p = __float2half_rn(v); }
 __device__ inline void store(__nv_bfloat16* p, float v) { *p = __float2bfloat16_rn(v); }
 
+template <class T, int N> struct alignas(N * sizeof(T)) Pack {  // read or written at once: N * sizeof(T) bytes
+    T v[N];
+};
+template <class T> constexpr int WIDE = 16 / sizeof(T);  // the widest access a GPU has: 16 bytes
+
 __device__ inline float tanh_(float a) { return tanhf(a); }
 __device__ inline double tanh_(double a) { return tanh(a); }
 // exp may overflow to inf: 1 / inf = 0 is right.
@@ -60,512 +74,748 @@ __device__ inline float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
 __device__ inline double sigmoid(double a) { return 1.0 / (1.0 + exp(-a)); }
 
 __host__ __device__ constexpr long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
-
-// ---- The gate's gradient, shared by all versions --------------------------------------------------------------------
-// One thread: one (b, c, t), both halves of dh. Grid: x = batch item * blocks of 256 over (c, t).
-// Global per thread: reads h twice and dy once, writes dh twice: 5 values for about 30 operations, memory-bound.
-// dh is also dcond.
-//     y = p s, p = tanh(a), s = sigmoid(g):   dy/da = s (1 - p^2)   dy/dg = p s (1 - s)
-template <class T> __global__ void gate_backward(Layer n, const T* dy, const T* h, T* dh) {
-    const long long plane = (long long)n.H * n.T;
-    const int blocks = (int)ceil_div(plane, 256);
-    const long long b = blockIdx.x / blocks, i = (long long)(blockIdx.x % blocks) * 256 + threadIdx.x;
-    if (i >= plane) return;
-    const long long at = 2 * b * plane + i;
-    const auto p = tanh_(load(h[at])), s = sigmoid(load(h[at + plane])), g = load(dy[b * plane + i]);
-    store(&dh[at], g * s * (1 - p * p));
-    store(&dh[at + plane], g * p * s * (1 - s));
-}
+__host__ __device__ inline int shift_of(const Layer& n, int k) { return (n.K - 1 - k) * n.dilation; }  // of tap k
 
 // ==== Version 1: naive ===============================================================================================
 // Each kernel is its formula: one thread per output, a loop over the sum, no sharing between threads.
 
-// One thread: one y[b, c, t] and the two a it is made of. Grid: x = blocks of 128 over (b, c, t), t fastest.
-// Global reads per y: C K of x, 2 C K of w, 2 cond; writes 1 y + 2 h. Shared: none.
-// Intensity without caches: 4 C K flop over 12 C K bytes = 1/3 flop per byte (float32): a GPU offers 10 or more.
+// One thread: one y[b, t, c] and the two a it is made of. Grid: x = blocks of 128 over (b, t, c), c fastest.
+// Global reads per y: K C of x, 2 K C of w, 2 cond; writes 1 y + 2 a.
+// Intensity without caches: 4 K C flop over 12 K C bytes = 1/3 flop per byte (float32): a GPU offers 10 or more.
 template <class T>
-__global__ void forward_v1(Layer n, const T* x, const T* w, const T* bias, const T* cond, T* y, T* h) {
+__global__ void forward_v1(Layer n, const T* x, const T* w, const T* bias, const T* cond, T* y, T* a) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (long long)n.B * n.H * n.T) return;
-    const int t = (int)(i % n.T), c = (int)(i / n.T % n.H);
-    const long long b = i / n.T / n.H;
-    Sum<T> a[2];
+    if (i >= (long long)n.B * n.T * n.H) return;
+    const int c = (int)(i % n.H), t = (int)(i / n.H % n.T);
+    const long long row = i / n.H;  // b T + t
+    Sum<T> sum[2];
     for (int half = 0; half < 2; ++half) {
-        const long long o = c + half * n.H;
-        a[half] = bias ? load(bias[o]) : Sum<T>(0);
-        if (cond) a[half] += load(cond[b * n.cond_batch + o * n.T + t]);
+        const int o = c + half * n.H;
+        sum[half] = bias ? load(bias[o]) : Sum<T>(0);
+        if (cond) sum[half] += load(cond[row * n.cond_row + o]);
     }
-    for (int ci = 0; ci < n.C; ++ci) {
-        for (int k = 0; k < n.K; ++k) {
-            const int from = t - (n.K - 1 - k) * n.dilation;
-            const Sum<T> v = from >= 0 ? load(x[b * n.x_batch + (long long)ci * n.T + from]) : Sum<T>(0);
-            a[0] += load(w[((long long)c * n.C + ci) * n.K + k]) * v;
-            a[1] += load(w[((long long)(n.H + c) * n.C + ci) * n.K + k]) * v;
+    for (int k = 0; k < n.K; ++k) {
+        if (t < shift_of(n, k)) continue;
+        const T* const from = x + (row - shift_of(n, k)) * n.x_row;
+        for (int ci = 0; ci < n.C; ++ci) {
+            sum[0] += load(w[((long long)c * n.K + k) * n.C + ci]) * load(from[ci]);
+            sum[1] += load(w[((long long)(n.H + c) * n.K + k) * n.C + ci]) * load(from[ci]);
         }
     }
-    store(&y[i], tanh_(a[0]) * sigmoid(a[1]));
-    if (h) {
-        store(&h[(b * 2 * n.H + c) * n.T + t], a[0]);
-        store(&h[(b * 2 * n.H + n.H + c) * n.T + t], a[1]);
+    store(&y[i], tanh_(sum[0]) * sigmoid(sum[1]));
+    if (a) {
+        store(&a[row * 2 * n.H + c], sum[0]);
+        store(&a[row * 2 * n.H + n.H + c], sum[1]);
     }
 }
 
-// One thread: one dx[b, ci, t] = sum_{o, k} w[o, ci, k] * dh[b, o, t + (K - 1 - k) d]. Grid as above over (b, ci, t).
+// One thread: one dx[b, t, c] = sum_{k, o} w[o, k, c] da[b, t + (K - 1 - k) d, o]. Grid as above over (b, t, c).
 // Global reads per dx: 2 * 2H K; 1/4 flop per byte.
-template <class T> __global__ void dx_v1(Layer n, const T* dh, const T* w, T* dx) {
+template <class T> __global__ void dx_v1(Layer n, const T* da, const T* w, T* dx) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (long long)n.B * n.C * n.T) return;
-    const int t = (int)(i % n.T), ci = (int)(i / n.T % n.C);
-    const long long b = i / n.T / n.C;
+    if (i >= (long long)n.B * n.T * n.C) return;
+    const int c = (int)(i % n.C), t = (int)(i / n.C % n.T);
     Sum<T> sum = 0;
-    for (int o = 0; o < 2 * n.H; ++o) {
-        for (int k = 0; k < n.K; ++k) {
-            const int to = t + (n.K - 1 - k) * n.dilation;
-            if (to < n.T) sum += load(w[((long long)o * n.C + ci) * n.K + k]) * load(dh[(b * 2 * n.H + o) * n.T + to]);
-        }
+    for (int k = 0; k < n.K; ++k) {
+        if (t + shift_of(n, k) >= n.T) continue;
+        const T* const from = da + (i / n.C + shift_of(n, k)) * 2 * n.H;
+        for (int o = 0; o < 2 * n.H; ++o) sum += load(w[((long long)o * n.K + k) * n.C + c]) * load(from[o]);
     }
     store(&dx[i], sum);
 }
 
-// One thread: one dw[o, ci, k] = sum_{b, t} dh[b, o, t] * x[b, ci, t - (K - 1 - k) d]. Grid: x = blocks of 128 over w.
-// Global reads per dw: 2 B T; 1/4 flop per byte, and only 2H C K threads however long the sum is.
-template <class T> __global__ void dw_v1(Layer n, const T* dh, const T* x, T* dw) {
+// One thread: one dw[o, k, c] = sum_{b, t} da[b, t, o] x[b, t - (K - 1 - k) d, c]. Grid: x = blocks of 128 over w.
+// Global reads per dw: 2 B T; 1/4 flop per byte, and only 2H K C threads however long the sum is.
+template <class T> __global__ void dw_v1(Layer n, const T* da, const T* x, T* dw) {
     const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= 2LL * n.H * n.C * n.K) return;
-    const int shift = (n.K - 1 - (int)(i % n.K)) * n.dilation, ci = (int)(i / n.K % n.C), o = (int)(i / n.K / n.C);
+    if (i >= 2LL * n.H * n.K * n.C) return;
+    const int c = (int)(i % n.C), shift = shift_of(n, (int)(i / n.C % n.K)), o = (int)(i / n.C / n.K);
     Sum<T> sum = 0;
     for (long long b = 0; b < n.B; ++b) {
-        for (int t = shift; t < n.T; ++t) {
-            sum += load(dh[(b * 2 * n.H + o) * n.T + t]) * load(x[b * n.x_batch + (long long)ci * n.T + t - shift]);
+        for (long long row = b * n.T + shift; row < (b + 1) * n.T; ++row) {
+            sum += load(da[row * 2 * n.H + o]) * load(x[(row - shift) * n.x_row + c]);
         }
     }
     store(&dw[i], sum);
 }
 
-// One thread: one dbias[o] = sum_{b, t} dh[b, o, t]; B T reads, neighbours T apart (uncoalesced).
-template <class T> __global__ void dbias_v1(Layer n, const T* dh, T* dbias) {
-    const int o = blockIdx.x * blockDim.x + threadIdx.x;
-    if (o >= 2 * n.H) return;
-    Sum<T> sum = 0;
-    for (long long b = 0; b < n.B; ++b) {
-        for (int t = 0; t < n.T; ++t) sum += load(dh[(b * 2 * n.H + o) * n.T + t]);
+// ==== The gate's gradient, and sums of parts: shared by all versions =================================================
+//     y = p s, p = tanh(a), s = sigmoid(g):   dy/da = s (1 - p^2)   dy/dg = p s (1 - s)
+// A block of 256 threads: `lanes` (blockDim.x) groups of V neighbouring channels x 256 / lanes frames at a time, over a
+// run of GATE_RUN such steps. It writes da, which is dcond too, and its part of dbias: sums of da over its frames,
+// first in a thread, then over the block's threads in their order. Grid: x = runs of frames, y = groups of channels.
+// Global per (b, t, c): 3 values read, 2 written, for about 30 operations: bound by memory.
+constexpr int GATE_THREADS = 256, GATE_RUN = 8;
+template <class T, int V>
+__global__ void __launch_bounds__(GATE_THREADS) gate_backward(Layer n, const T* dy, const T* a, T* da, Sum<T>* parts) {
+    using A = Sum<T>;
+    SHARED(A, sums);  // (blockDim.y, 2, blockDim.x * V)
+    const int width = blockDim.x * V, c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+    const long long rows = (long long)n.B * n.T, first = (long long)blockIdx.x * blockDim.y * GATE_RUN + threadIdx.y;
+    A sum[2][V] = {};
+    for (int step = 0; step < GATE_RUN; ++step) {
+        const long long row = first + step * blockDim.y;
+        if (row >= rows || c >= n.H) break;
+        using P = Pack<T, V>;
+        const P value = *reinterpret_cast<const P*>(a + row * 2 * n.H + c),
+                gate = *reinterpret_cast<const P*>(a + row * 2 * n.H + n.H + c),
+                g = *reinterpret_cast<const P*>(dy + row * n.H + c);
+        P dvalue, dgate;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+            const A p = tanh_(load(value.v[i])), s = sigmoid(load(gate.v[i])), d = load(g.v[i]);
+            store(&dvalue.v[i], d * s * (1 - p * p));
+            store(&dgate.v[i], d * p * s * (1 - s));
+            sum[0][i] += load(dvalue.v[i]);
+            sum[1][i] += load(dgate.v[i]);
+        }
+        *reinterpret_cast<P*>(da + row * 2 * n.H + c) = dvalue;
+        *reinterpret_cast<P*>(da + row * 2 * n.H + n.H + c) = dgate;
     }
-    store(&dbias[o], sum);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sums[(threadIdx.y * 2 + half) * width + threadIdx.x * V + i] = sum[half][i];
+    }
+    __syncthreads();
+    for (int j = threadIdx.y * blockDim.x + threadIdx.x; j < 2 * width; j += GATE_THREADS) {
+        const int channel = blockIdx.y * width + j % width;
+        if (channel >= n.H) continue;
+        A total = 0;
+        for (int y = 0; y < (int)blockDim.y; ++y) total += sums[y * 2 * width + j];
+        parts[(long long)blockIdx.x * 2 * n.H + j / width * n.H + channel] = total;
+    }
 }
 
-// ==== Version 2: tiled in shared memory ==============================================================================
-// A block of 128 threads owns 64 rows x 64 times. Forward's rows are 32 channels c and their 32 gates H + c, held by
-// the same thread, so the gate never leaves registers. A thread owns 4 + 4 rows x 4 times = 32 sums. Four blocks an SM
-// leave 128 registers a thread; left to itself, ptxas aims at 72 on sm_120 and spills.
+// out[i] = parts[0, i] + parts[1, i] + ...: always in one order. A block of 32 x 8 threads owns 32 outputs; row y adds
+// every eighth part from y on, then one thread adds the eight. Grid: x = blocks of 32 over `size`.
+template <class T> __global__ void __launch_bounds__(256)
+    sum_parts(long long size, int count, const Sum<T>* parts, T* out) {
+    SHARED(Sum<T>, sums);  // (8, 32)
+    const long long i = (long long)blockIdx.x * 32 + threadIdx.x;
+    Sum<T> sum = 0;
+    for (int part = threadIdx.y; i < size && part < count; part += 8) sum += parts[part * size + i];
+    sums[threadIdx.y * 32 + threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || i >= size) return;
+    for (int y = 1; y < 8; ++y) sum += sums[y * 32 + threadIdx.x];
+    store(&out[i], sum);
+}
+
+// ==== Version 2: a tile in shared memory =============================================================================
+// The 256 threads of a block compute 16 channels at 16 frames, so they read the same numbers 16 times over. Now the
+// block loads what it needs of DEPTH2 input channels once into shared memory, meets at a barrier, and sums from there.
+// The tile of x has the block's frames and, before them, the halo of (K - 1) d frames that the taps look back to.
+constexpr int SIDE = 16, DEPTH2 = 16, STRIDE2 = DEPTH2 + 1;  // odd: 16 rows at one depth fall on 16 different banks
+
+// Taps further apart than the tile is long do not overlap: each then has its own TIMES rows instead of one long halo,
+// so shared memory stays bounded for any dilation. tile_row: where frame 0 of the tile lies as tap k's source sees it.
+template <int TIMES> __host__ __device__ inline int tap_step(const Layer& n) {
+    return n.dilation < TIMES ? n.dilation : TIMES;
+}
+template <int TIMES> __host__ __device__ inline int tile_rows(const Layer& n) {
+    return TIMES + (n.K - 1) * tap_step<TIMES>(n);
+}
+// The frame (relative to the tile's first) of a row of the tile, as forward reads it (back); dx reads ahead.
+template <int TIMES> __device__ inline int frame_back(const Layer& n, int row) {
+    const int window = n.dilation > TIMES ? row / TIMES : 0;
+    return row + window * (n.dilation - TIMES) - (n.K - 1) * n.dilation;
+}
+template <int TIMES> __device__ inline int frame_ahead(const Layer& n, int row) {
+    const int window = n.dilation > TIMES ? row / TIMES : 0;
+    return row + window * (n.dilation - TIMES);
+}
+
+// One thread: one y. Grid: x = batch item * tiles of 16 frames, y = tiles of 16 channels.
+// Global reads per y: C (16 + (K - 1) d) / 256 of x, K C / 8 of w. Shared reads: 3 K C, as many as version 1's global.
+template <class T> __global__ void __launch_bounds__(SIDE* SIDE)
+    forward_v2(Layer n, const T* x, const T* w, const T* bias, const T* cond, T* y, T* a) {
+    using A = Sum<T>;
+    const int rows = tile_rows<SIDE>(n), step = tap_step<SIDE>(n);
+    SHARED(A, xs);                      // input   (rows, STRIDE2)
+    A* const ws = xs + rows * STRIDE2;  // weights (K, 2 SIDE, STRIDE2): 16 channels, then their gates
+    const int tid = threadIdx.x, channel = tid % SIDE, frame = tid / SIDE, tiles = (int)ceil_div(n.T, SIDE);
+    const int t0 = (int)(blockIdx.x % tiles) * SIDE, c0 = blockIdx.y * SIDE;
+    const long long b = blockIdx.x / tiles;
+    A sum[2] = {};
+    for (int d0 = 0; d0 < n.C; d0 += DEPTH2) {
+        for (int p = tid; p < rows * DEPTH2; p += SIDE * SIDE) {
+            const int i = p % DEPTH2, r = p / DEPTH2, t = t0 + frame_back<SIDE>(n, r);
+            const bool inside = d0 + i < n.C && t >= 0 && t < n.T;
+            xs[r * STRIDE2 + i] = inside ? load(x[(b * n.T + t) * n.x_row + d0 + i]) : A(0);
+        }
+        for (int p = tid; p < n.K * 2 * SIDE * DEPTH2; p += SIDE * SIDE) {
+            const int i = p % DEPTH2, r = p / DEPTH2 % (2 * SIDE), k = p / DEPTH2 / (2 * SIDE), c = c0 + r % SIDE;
+            const bool inside = d0 + i < n.C && c < n.H;
+            const long long o = c + r / SIDE * n.H;
+            ws[(k * 2 * SIDE + r) * STRIDE2 + i] = inside ? load(w[(o * n.K + k) * n.C + d0 + i]) : A(0);
+        }
+        __syncthreads();  // the tile is complete before anyone reads it
+        for (int k = 0; k < n.K; ++k) {
+            for (int i = 0; i < DEPTH2; ++i) {
+                const A v = xs[(frame + k * step) * STRIDE2 + i];
+                sum[0] += ws[(k * 2 * SIDE + channel) * STRIDE2 + i] * v;
+                sum[1] += ws[(k * 2 * SIDE + SIDE + channel) * STRIDE2 + i] * v;
+            }
+        }
+        __syncthreads();  // everyone has read it before it is overwritten
+    }
+    const int c = c0 + channel, t = t0 + frame;
+    if (c >= n.H || t >= n.T) return;
+    const long long row = b * n.T + t;
+    for (int half = 0; half < 2; ++half) {
+        if (bias) sum[half] += load(bias[half * n.H + c]);
+        if (cond) sum[half] += load(cond[row * n.cond_row + half * n.H + c]);
+        if (a) store(&a[row * 2 * n.H + half * n.H + c], sum[half]);
+    }
+    store(&y[row * n.H + c], tanh_(sum[0]) * sigmoid(sum[1]));
+}
+
+// One thread: one dx. As forward_v2, with da for x, the halo after the tile, and w read across: its rows are summed.
+// Grid: x = batch item * tiles of 16 frames, y = tiles of 16 input channels. Shared reads per dx: 2 * 2H K.
+template <class T> __global__ void __launch_bounds__(SIDE* SIDE) dx_v2(Layer n, const T* da, const T* w, T* dx) {
+    using A = Sum<T>;
+    const int rows = tile_rows<SIDE>(n), step = tap_step<SIDE>(n);
+    SHARED(A, gs);                      // da      (rows, STRIDE2)
+    A* const ws = gs + rows * STRIDE2;  // weights (K, DEPTH2, STRIDE2), input channels fastest
+    const int tid = threadIdx.x, channel = tid % SIDE, frame = tid / SIDE, tiles = (int)ceil_div(n.T, SIDE);
+    const int t0 = (int)(blockIdx.x % tiles) * SIDE, c = blockIdx.y * SIDE + channel;
+    const long long b = blockIdx.x / tiles;
+    A sum = 0;
+    for (int o0 = 0; o0 < 2 * n.H; o0 += DEPTH2) {
+        for (int p = tid; p < rows * DEPTH2; p += SIDE * SIDE) {
+            const int i = p % DEPTH2, r = p / DEPTH2, t = t0 + frame_ahead<SIDE>(n, r);
+            const bool inside = o0 + i < 2 * n.H && t < n.T;
+            gs[r * STRIDE2 + i] = inside ? load(da[(b * n.T + t) * 2 * n.H + o0 + i]) : A(0);
+        }
+        for (int p = tid; p < n.K * DEPTH2 * SIDE; p += SIDE * SIDE) {  // a thread stays at its channel
+            const int i = p / SIDE % DEPTH2, k = p / SIDE / DEPTH2;
+            const bool inside = o0 + i < 2 * n.H && c < n.C;
+            ws[(k * DEPTH2 + i) * STRIDE2 + channel] =
+                inside ? load(w[((long long)(o0 + i) * n.K + k) * n.C + c]) : A(0);
+        }
+        __syncthreads();
+        for (int k = 0; k < n.K; ++k) {
+            for (int i = 0; i < DEPTH2; ++i)
+                sum += ws[(k * DEPTH2 + i) * STRIDE2 + channel] * gs[(frame + (n.K - 1 - k) * step) * STRIDE2 + i];
+        }
+        __syncthreads();
+    }
+    if (c < n.C && t0 + frame < n.T) store(&dx[(b * n.T + t0 + frame) * n.C + c], sum);
+}
+
+// One thread: one dw. The tile: 16 frames of 16 rows of da and of 16 channels of x, shifted by this block's tap.
+// Grid: x = (row tile * channel tiles + channel tile) * K + k. Each block walks through all frames: few, long blocks.
+template <class T> __global__ void __launch_bounds__(SIDE* SIDE) dw_v2(Layer n, const T* da, const T* x, T* dw) {
+    using A = Sum<T>;
+    SHARED(A, gs);                      // da (SIDE frames, STRIDE2)
+    A* const xs = gs + SIDE * STRIDE2;  // x  (SIDE frames, STRIDE2)
+    const int tid = threadIdx.x, low = tid % SIDE, high = tid / SIDE, tiles = (int)ceil_div(n.C, SIDE);
+    const int k = blockIdx.x % n.K, c0 = (int)(blockIdx.x / n.K % tiles) * SIDE,
+              o0 = (int)(blockIdx.x / n.K / tiles) * SIDE, shift = shift_of(n, k);
+    const long long rows = (long long)n.B * n.T;
+    A sum = 0;
+    for (long long r0 = 0; r0 < rows; r0 += SIDE) {
+        const long long row = r0 + high;
+        const bool inside = row < rows && (int)(row % n.T) >= shift;
+        gs[high * STRIDE2 + low] = inside && o0 + low < 2 * n.H ? load(da[row * 2 * n.H + o0 + low]) : A(0);
+        xs[high * STRIDE2 + low] = inside && c0 + low < n.C ? load(x[(row - shift) * n.x_row + c0 + low]) : A(0);
+        __syncthreads();
+        for (int i = 0; i < SIDE; ++i) sum += gs[i * STRIDE2 + high] * xs[i * STRIDE2 + low];
+        __syncthreads();
+    }
+    const int o = o0 + high, c = c0 + low;
+    if (o < 2 * n.H && c < n.C) store(&dw[((long long)o * n.K + k) * n.C + c], sum);
+}
+
+// ==== Version 3: registers ===========================================================================================
+// Version 2 waits for shared memory: 3 reads for 2 multiply-adds. So a thread now owns 8 rows x 4 frames = 32 sums in
+// registers and reads 8 + 4 numbers for 32 multiply-adds. A block of 128 threads owns 64 rows x 64 frames; forward's
+// rows are 32 channels and their 32 gates, held by the same thread, so the gate never leaves registers. The tiles lie
+// the other way round (depth, rows): a thread's 4 neighbouring rows are one read.
 constexpr int THREADS = 128, ROWS = 64, HALF = 32, TIMES = 64, DEPTH = 8;
 template <class T> constexpr int BLOCKS = sizeof(T) == 8 ? 2 : 4;  // on an SM: 128 registers a thread, float64 255
-constexpr int STRIDE = ROWS + 4;  // padded: the 32 lanes of a weight store then hit 32 different banks
-template <class A> struct alignas(16) Four {  // read from shared memory at once: 16 bytes in float32
-    A v[4];
-};
+constexpr int STRIDE = ROWS + 4;  // the 32 lanes of a store (8 depths x 4 rows) then hit 32 different banks
+template <class A> using Four = Pack<A, 4>;
+__host__ __device__ inline int tile_stride(const Layer& n) { return (tile_rows<TIMES>(n) + 31) / 32 * 32 + 4; }
 
-// Columns of the input tile: the TIMES outputs and the halo of K - 1 taps; one load serves all taps. Taps more than a
-// tile apart do not overlap: each then has its own TIMES columns, so shared memory stays bounded for any dilation.
-__host__ __device__ inline int tap_step(const Layer& n) { return n.dilation < TIMES ? n.dilation : TIMES; }
-__host__ __device__ inline int tile_columns(const Layer& n) { return TIMES + (n.K - 1) * tap_step(n); }
-
-// The input time of a tile's column: forward looks back from the outputs, dx (whose taps are flipped) looks ahead.
-template <bool FORWARD> __device__ inline int column_time(const Layer& n, int t0, int column) {
-    const int window = n.dilation > TIMES ? column / TIMES : 0;
-    return t0 + column + window * (n.dilation - TIMES) - (FORWARD ? (n.K - 1) * n.dilation : 0);
+template <class A> __device__ inline Four<A> four(const A* p) {
+    if constexpr (sizeof(A) == 8) return {p[0], p[1], p[2], p[3]};  // 32 bytes are two reads anyway
+    else return *reinterpret_cast<const Four<A>*>(p);
 }
 
-// The 64 rows of a block: 32 from `low` and 32 from `high` (-1 where the tile sticks out).
-// Forward: channels and their gates. dx: 64 input channels.
-template <bool FORWARD> struct Rows {
-    int low, high, low_end, high_end;
-    __device__ Rows(const Layer& n, int tile)
-        : low(FORWARD ? tile * HALF : tile * ROWS), high(FORWARD ? n.H + low : low + HALF),
-          low_end(FORWARD ? n.H : n.C), high_end(FORWARD ? 2 * n.H : n.C) {}
-    __device__ int operator[](int r) const {
-        const int row = r < HALF ? low + r : high + r - HALF;
-        return row < (r < HALF ? low_end : high_end) ? row : -1;
-    }
-};
-
-// Where a sum starts: forward's at bias + conditioning, which makes adding them free.
-template <bool FORWARD, class T>
-__device__ inline Sum<T> start_sum(const Layer& n, const T* bias, const T* cond, long long b, long long o, int t) {
-    Sum<T> sum = 0;
-    if (!FORWARD || o < 0 || t >= n.T) return sum;
-    if (bias) sum = load(bias[o]);
-    if (cond) sum += load(cond[b * n.cond_batch + o * n.T + t]);
-    return sum;
-}
-
-// Where two finished sums go: forward's are a value and its gate, dx's two input channels.
-template <bool FORWARD, class T>
-__device__ inline void finish(const Layer& n, long long b, long long low, long long high, int t, Sum<T> a, Sum<T> g,
-                              T* out, T* h) {
-    if (t >= n.T) return;
-    if (FORWARD) {
-        if (low < 0) return;
-        store(&out[(b * n.H + low) * n.T + t], tanh_(a) * sigmoid(g));
-        if (h) store(&h[(b * 2 * n.H + low) * n.T + t], a);
-        if (h) store(&h[(b * 2 * n.H + high) * n.T + t], g);
-    } else {
-        if (low >= 0) store(&out[(b * n.C + low) * n.T + t], a);
-        if (high >= 0) store(&out[(b * n.C + high) * n.T + t], g);
+// The sums of a tile: 4 + 4 rows at `w_tile`, 4 frames at `in_tile` for each depth.
+template <class A>
+__device__ inline void multiply_add(A (&sum)[2][4][4], const A* w_tile, const A* in_tile, int stride) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i) {
+        const Four<A> low = four(w_tile + i * STRIDE), high = four(w_tile + i * STRIDE + HALF);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const A v = in_tile[i * stride + 16 * j];
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                sum[0][r][j] += low.v[r] * v;
+                sum[1][r][j] += high.v[r] * v;
+            }
+        }
     }
 }
 
-// FORWARD: y and h from x.  Otherwise: dx from dh (in = dh, out = dx; bias, cond, h unused).
-// One thread: rows 4 ty .. 4 ty + 3 of both halves x times tx, tx + 16, tx + 32, tx + 48 (neighbours read neighbours).
-// Grid: x = batch item * time tiles (2^31 blocks), y = row tiles of 32 pairs (forward) or 64 channels (dx).
-// Global reads per y: C (64 + (K - 1) d) / 2048 of x, C K / 32 of w, 2 cond; writes 1 y + 2 h.
-// Shared per (channel, tap): a thread reads 4 x + 8 w for 32 multiply-adds (0.75 C K reads per y); each value is
-// written once.
-// Intensity at C = H = 256, K = 3, d = 1, float32: 3072 flop per y over 149 bytes = 21 flop per byte from L2, 124 from
-// DRAM.
-template <class T, bool FORWARD> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
-    conv_v2(Layer n, const T* in, const T* w, const T* bias, const T* cond, T* out, T* h) {
+// One thread: channels 4 tc .. 4 tc + 3 and their gates x frames tt, tt + 16, tt + 32, tt + 48.
+// Grid: x = batch item * tiles of 64 frames, y = tiles of 32 channels.
+// Global reads per y: C (64 + (K - 1) d) / 2048 of x, K C / 32 of w, 2 cond; writes 1 y + 2 a.
+// Shared per (channel, tap): a thread reads 4 x + 8 w for 32 multiply-adds (0.75 K C reads per y).
+// Intensity at C = H = 256, K = 3, d = 1, float32: 3072 flop per y over 149 bytes = 21 flop per byte from L2.
+template <class T> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
+    forward_v3(Layer n, const T* x, const T* w, const T* bias, const T* cond, T* y, T* a) {
     using A = Sum<T>;
-    const int columns = tile_columns(n), step = tap_step(n), depth = FORWARD ? n.C : 2 * n.H;
-    SHARED(A, ws);                            // weights (K, DEPTH, STRIDE)
-    A* const xs = ws + n.K * DEPTH * STRIDE;  // input   (DEPTH, columns)
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, tx = tid % 16, ty = tid / 16;
-    const int tiles = (int)ceil_div(n.T, TIMES), t0 = (int)(blockIdx.x % tiles) * TIMES;
+    const int rows = tile_rows<TIMES>(n), step = tap_step<TIMES>(n), stride = tile_stride(n);
+    SHARED(A, ws);                            // weights (K, DEPTH, STRIDE): 32 channels, then their gates
+    A* const xs = ws + n.K * DEPTH * STRIDE;  // input   (DEPTH, stride)
+    const int tid = threadIdx.x, tc = tid % 8, tt = tid / 8, tiles = (int)ceil_div(n.T, TIMES);
+    const int t0 = (int)(blockIdx.x % tiles) * TIMES, c0 = blockIdx.y * HALF;
     const long long b = blockIdx.x / tiles;
-    const Rows<FORWARD> rows(n, blockIdx.y);
-    const T* const in_b = in + b * (FORWARD ? n.x_batch : 2LL * n.H * n.T);
+    A sum[2][4][4] = {};  // (half, channel, frame)
+    for (int d0 = 0; d0 < n.C; d0 += DEPTH) {
+        for (int p = tid; p < n.K * ROWS * DEPTH; p += THREADS) {
+            const int i = p % DEPTH, r = p / DEPTH % ROWS, k = p / DEPTH / ROWS, c = c0 + r % HALF;
+            const bool inside = d0 + i < n.C && c < n.H;
+            const long long o = c + r / HALF * n.H;
+            ws[(k * DEPTH + i) * STRIDE + r] = inside ? load(w[(o * n.K + k) * n.C + d0 + i]) : A(0);
+        }
+        for (int p = tid; p < rows * DEPTH; p += THREADS) {
+            const int i = p % DEPTH, r = p / DEPTH, t = t0 + frame_back<TIMES>(n, r);
+            const bool inside = d0 + i < n.C && t >= 0 && t < n.T;
+            xs[i * stride + r] = inside ? load(x[(b * n.T + t) * n.x_row + d0 + i]) : A(0);
+        }
+        __syncthreads();
+        for (int k = 0; k < n.K; ++k)
+            multiply_add(sum, ws + k * DEPTH * STRIDE + 4 * tc, xs + k * step + tt, stride);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int c = c0 + 4 * tc + r, t = t0 + tt + 16 * j;
+            if (c >= n.H || t >= n.T) continue;
+            const long long row = b * n.T + t;
+            A value = sum[0][r][j], gate = sum[1][r][j];
+            if (bias) value += load(bias[c]), gate += load(bias[n.H + c]);
+            if (cond) value += load(cond[row * n.cond_row + c]), gate += load(cond[row * n.cond_row + n.H + c]);
+            store(&y[row * n.H + c], tanh_(value) * sigmoid(gate));
+            if (a) store(&a[row * 2 * n.H + c], value), store(&a[row * 2 * n.H + n.H + c], gate);
+        }
+    }
+}
 
-    A sum[2][4][4];  // (half, row, time)
+// One thread: input channels 4 tc .. 4 tc + 3 and those 32 further x four frames. Grid: x as above, y = tiles of 64.
+template <class T> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
+    dx_v3(Layer n, const T* da, const T* w, T* dx) {
+    using A = Sum<T>;
+    const int rows = tile_rows<TIMES>(n), step = tap_step<TIMES>(n), stride = tile_stride(n);
+    SHARED(A, ws);                            // weights (K, DEPTH, STRIDE): 64 input channels
+    A* const gs = ws + n.K * DEPTH * STRIDE;  // da      (DEPTH, stride)
+    const int tid = threadIdx.x, tc = tid % 8, tt = tid / 8, tiles = (int)ceil_div(n.T, TIMES);
+    const int t0 = (int)(blockIdx.x % tiles) * TIMES, c0 = blockIdx.y * ROWS;
+    const long long b = blockIdx.x / tiles;
+    A sum[2][4][4] = {};  // (half, channel, frame)
+    for (int o0 = 0; o0 < 2 * n.H; o0 += DEPTH) {
+        for (int p = tid; p < n.K * DEPTH * ROWS; p += THREADS) {
+            const int r = p % ROWS, i = p / ROWS % DEPTH, k = p / ROWS / DEPTH;
+            const bool inside = o0 + i < 2 * n.H && c0 + r < n.C;
+            ws[(k * DEPTH + i) * STRIDE + r] =
+                inside ? load(w[((long long)(o0 + i) * n.K + k) * n.C + c0 + r]) : A(0);
+        }
+        for (int p = tid; p < rows * DEPTH; p += THREADS) {
+            const int i = p % DEPTH, r = p / DEPTH, t = t0 + frame_ahead<TIMES>(n, r);
+            const bool inside = o0 + i < 2 * n.H && t < n.T;
+            gs[i * stride + r] = inside ? load(da[(b * n.T + t) * 2 * n.H + o0 + i]) : A(0);
+        }
+        __syncthreads();
+        for (int k = 0; k < n.K; ++k)
+            multiply_add(sum, ws + k * DEPTH * STRIDE + 4 * tc, gs + (n.K - 1 - k) * step + tt, stride);
+        __syncthreads();
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                sum[half][r][j] =
-                    start_sum<FORWARD>(n, bias, cond, b, rows[half * HALF + 4 * ty + r], t0 + tx + 16 * j);
+                const int c = c0 + half * HALF + 4 * tc + r, t = t0 + tt + 16 * j;
+                if (c < n.C && t < n.T) store(&dx[(b * n.T + t) * n.C + c], sum[half][r][j]);
             }
-        }
-    }
-    for (int d0 = 0; d0 < depth; d0 += DEPTH) {
-        for (int p = tid; p < ROWS * DEPTH; p += THREADS) {  // the K taps of a (row, channel) are neighbours
-            const int r = FORWARD ? p / DEPTH : p % ROWS, i = FORWARD ? p % DEPTH : p / ROWS;
-            const bool inside = rows[r] >= 0 && d0 + i < depth;
-            const T* const taps =
-                w + (FORWARD ? (long long)rows[r] * n.C + d0 + i : (long long)(d0 + i) * n.C + rows[r]) * n.K;
-            for (int k = 0; k < n.K; ++k) {
-                ws[((FORWARD ? k : n.K - 1 - k) * DEPTH + i) * STRIDE + r] = inside ? load(taps[k]) : A(0);
-            }
-        }
-        for (int i = warp; i < DEPTH; i += THREADS / 32) {
-            for (int column = lane; column < columns; column += 32) {
-                const int t = column_time<FORWARD>(n, t0, column);
-                const bool inside = d0 + i < depth && t >= 0 && t < n.T;
-                xs[i * columns + column] = inside ? load(in_b[(long long)(d0 + i) * n.T + t]) : A(0);
-            }
-        }
-        __syncthreads();  // the tile is complete before anyone reads it
-        for (int k = 0; k < n.K; ++k) {
-            const A* const x_tap = xs + k * step + tx;
-            const A* const w_tap = ws + k * DEPTH * STRIDE + 4 * ty;
-#pragma unroll
-            for (int i = 0; i < DEPTH; ++i) {
-                const Four<A> low = *reinterpret_cast<const Four<A>*>(w_tap + i * STRIDE);
-                const Four<A> high = *reinterpret_cast<const Four<A>*>(w_tap + i * STRIDE + HALF);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const A v = x_tap[i * columns + 16 * j];
-#pragma unroll
-                    for (int r = 0; r < 4; ++r) {
-                        sum[0][r][j] += low.v[r] * v;
-                        sum[1][r][j] += high.v[r] * v;
-                    }
-                }
-            }
-        }
-        __syncthreads();  // everyone has read it before it is overwritten
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            finish<FORWARD>(n, b, rows[4 * ty + r], rows[HALF + 4 * ty + r], t0 + tx + 16 * j, sum[0][r][j],
-                            sum[1][r][j], out, h);
         }
     }
 }
 
-// The sum over batch and time of dw is split into `splits` equal runs of chunks of `depth` times, so that a few hundred
-// blocks share it. Their number depends on the shape alone: the same bits on every GPU.
-constexpr int DW_DEPTH = 16;
+// dw's sum over batch and time is split into `splits` equal runs of chunks, so that a few hundred blocks share it; each
+// writes its part and sum_parts adds them. Their number depends on the shape alone: the same bits on every GPU.
 #ifndef DW_BLOCKS
-#define DW_BLOCKS 512  // tests take fewer, so that small shapes have long splits too
+#define DW_BLOCKS 256  // tests take fewer, so that small shapes have long splits too
 #endif
-inline long long dw_tiles(const Layer& n) { return ceil_div(2LL * n.H, ROWS) * ceil_div(n.C, ROWS) * n.K; }
-inline int dw_splits(const Layer& n, int depth) {
-    const long long chunks = n.B * ceil_div(n.T, depth), wanted = ceil_div(DW_BLOCKS, dw_tiles(n) ? dw_tiles(n) : 1);
+inline int dw_splits(const Layer& n, long long tiles, int depth) {
+    const long long chunks = n.B * ceil_div(n.T, depth), wanted = ceil_div(DW_BLOCKS, tiles < 1 ? 1 : tiles);
     return (int)(chunks < 1 ? 1 : chunks < wanted ? chunks : wanted);
 }
 
-// The tile of dw a block owns: rows o0 .., input channels c0 .., tap k. blockIdx.x = (row tile * channel tiles +
-// channel tile) * K + k.
-struct DwTile {
-    int k, c0, o0;
-    __device__ DwTile(const Layer& n) {
-        const int tiles = (int)ceil_div(n.C, ROWS);
-        k = blockIdx.x % n.K;
-        c0 = (int)(blockIdx.x / n.K % tiles) * ROWS;
-        o0 = (int)(blockIdx.x / n.K / tiles) * ROWS;
-    }
-};
-
-// One thread: 8 rows x 4 channels of one tap's dw, summed over its split of (b, t), into partial (splits, K, 2H, C).
-// Grid: x = tiles of dw, y = splits. Shared per time: a thread reads 8 dh + 4 x for 32 multiply-adds.
-// Global reads per block and time: 64 of dh and 64 of x for 4096 multiply-adds: 16 flop per byte (float32).
+// One thread: rows 4 tr .. and 32 further x 4 channels of one tap's dw, summed over its split into parts (splits, 2H,
+// K, C). Grid: x = (row tile * channel tiles + channel tile) * K + k, y = splits.
+// Shared per frame: a thread reads 8 da + 4 x for 32 multiply-adds. Global per block and frame: 64 of da and 64 of x
+// for 4096 multiply-adds: 16 flop per byte (float32).
+constexpr int DW_DEPTH = 16;
 template <class T> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
-    dw_v2(Layer n, int splits, const T* dh, const T* x, Sum<T>* partial) {
+    dw_v3(Layer n, int splits, const T* da, const T* x, Sum<T>* parts) {
     using A = Sum<T>;
-    SHARED(A, gs);                         // dh (DW_DEPTH, STRIDE), channels fastest
-    A* const xs = gs + DW_DEPTH * STRIDE;  // x  (DW_DEPTH, STRIDE), shifted by this block's tap
-    const DwTile tile(n);
-    const int tid = threadIdx.x, tx = tid % 16, ty = tid / 16, shift = (n.K - 1 - tile.k) * n.dilation;
+    SHARED(A, gs);                         // da (DW_DEPTH frames, STRIDE)
+    A* const xs = gs + DW_DEPTH * STRIDE;  // x  (DW_DEPTH frames, STRIDE), shifted by this block's tap
+    const int tid = threadIdx.x, tc = tid % 16, tr = tid / 16, tiles = (int)ceil_div(n.C, ROWS);
+    const int k = blockIdx.x % n.K, c0 = (int)(blockIdx.x / n.K % tiles) * ROWS,
+              o0 = (int)(blockIdx.x / n.K / tiles) * ROWS, shift = shift_of(n, k);
     const int per_item = (int)ceil_div(n.T, DW_DEPTH);
     const long long chunks = (long long)n.B * per_item;
-    A sum[8][4] = {};
+    A sum[2][4][4] = {};  // (half of the rows, row, channel)
     for (long long q = chunks * blockIdx.y / splits; q < chunks * (blockIdx.y + 1) / splits; ++q) {
         const long long b = q / per_item;
         const int t0 = (int)(q % per_item) * DW_DEPTH;
-        for (int p = tid; p < ROWS * DW_DEPTH; p += THREADS) {  // a warp reads 4 channels x 8 times and hits 32 banks
-            const int j = p % 8 + p / (8 * ROWS) * 8, r = p / 8 % ROWS, t = t0 + j, o = tile.o0 + r, ci = tile.c0 + r;
-            gs[j * STRIDE + r] = o < 2 * n.H && t < n.T ? load(dh[(b * 2 * n.H + o) * n.T + t]) : A(0);
-            const bool inside = ci < n.C && t < n.T && t >= shift;
-            xs[j * STRIDE + r] = inside ? load(x[b * n.x_batch + (long long)ci * n.T + t - shift]) : A(0);
+        for (int p = tid; p < ROWS * DW_DEPTH; p += THREADS) {
+            const int r = p % ROWS, j = p / ROWS, t = t0 + j;
+            const bool inside = t < n.T && t >= shift;
+            gs[j * STRIDE + r] = inside && o0 + r < 2 * n.H ? load(da[(b * n.T + t) * 2 * n.H + o0 + r]) : A(0);
+            xs[j * STRIDE + r] = inside && c0 + r < n.C ? load(x[(b * n.T + t - shift) * n.x_row + c0 + r]) : A(0);
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < DW_DEPTH; ++j) {
-            const Four<A> g0 = *reinterpret_cast<const Four<A>*>(gs + j * STRIDE + 8 * ty);
-            const Four<A> g1 = *reinterpret_cast<const Four<A>*>(gs + j * STRIDE + 8 * ty + 4);
-            const Four<A> v = *reinterpret_cast<const Four<A>*>(xs + j * STRIDE + 4 * tx);
+            const Four<A> low = four(gs + j * STRIDE + 4 * tr), high = four(gs + j * STRIDE + HALF + 4 * tr),
+                          v = four(xs + j * STRIDE + 4 * tc);
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    sum[r][c] += g0.v[r] * v.v[c];
-                    sum[4 + r][c] += g1.v[r] * v.v[c];
+                    sum[0][r][c] += low.v[r] * v.v[c];
+                    sum[1][r][c] += high.v[r] * v.v[c];
                 }
             }
         }
         __syncthreads();
     }
-#pragma unroll
-    for (int r = 0; r < 8; ++r) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const int o = tile.o0 + 8 * ty + r, ci = tile.c0 + 4 * tx + c;
-            if (o >= 2 * n.H || ci >= n.C) continue;
-            partial[(((long long)blockIdx.y * n.K + tile.k) * 2 * n.H + o) * n.C + ci] = sum[r][c];
-        }
-    }
-}
-
-// One thread: one dw[o, ci, k], the sum of its `splits` partial sums in their order. Grid: x = blocks of 128
-// over (k, o, ci).
-template <class T> __global__ void dw_sum(Layer n, int splits, const Sum<T>* partial, T* dw) {
-    const long long size = 2LL * n.H * n.C * n.K, i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= size) return;
-    Sum<T> sum = 0;
-    for (int s = 0; s < splits; ++s) sum += partial[s * size + i];
-    const long long plane = 2LL * n.H * n.C;
-    store(&dw[i % plane * n.K + i / plane], sum);  // (K, 2H, C) -> (2H, C, K)
-}
-
-// One block: one dbias[o]. Warps take batch items in turn, lanes take times; then 32 lanes fold by shuffles, 4 warps
-// through shared memory. Grid: x = 2H. Global reads per dbias: B T, neighbours adjacent. 1/4 flop per byte.
-template <class T> __global__ void dbias_v2(Layer n, const T* dh, T* dbias) {
-    using A = Sum<T>;
-    SHARED(A, warps);  // (4)
-    const int o = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    A sum = 0;
-    for (long long b = warp; b < n.B; b += THREADS / 32) {
-        for (int t = lane; t < n.T; t += 32) sum += load(dh[(b * 2 * n.H + o) * n.T + t]);
-    }
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_down_sync(0xffffffffu, sum, distance);
-    if (lane == 0) warps[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) store(&dbias[o], warps[0] + warps[1] + warps[2] + warps[3]);
-}
-
-// ==== Version 3: tensor cores ========================================================================================
-// The tile of version 2, but the multiply-adds of a warp are mma.sync: D (16 rows x 8 times) += A (16 x 16) B (16 x 8),
-// bfloat16 products summed in float32. ldmatrix fills A and B from shared memory, 8 rows of 16 bytes at a time, each on
-// a 16-byte boundary. In (channels, times) a tap shifts by d elements and breaks that; in (times, channels), channels
-// last, it shifts by whole rows. So the input is transposed on its way into shared memory, and all taps read the same
-// tile. Lane l holds of A rows l / 4 and l / 4 + 8, of B time l / 4, of D rows l / 4 and l / 4 + 8 at times 2 (l % 4)
-// and + 1.
-using bf16 = __nv_bfloat16;
-constexpr int DEPTH3 = 32;
-constexpr int STRIDE3 = DEPTH3 + 8;  // 80 bytes: the 8 rows of an ldmatrix fall on 8 different groups of 4 banks
-
-#ifdef __CUDACC__
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8 and receives its two elements of each.
-__device__ inline void ldmatrix_x4(unsigned (&r)[4], const bf16* row) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((unsigned)__cvta_generic_to_shared(row))
-                 : "memory");
-#else
-    __trap();
-#endif
-}
-__device__ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    __trap();
-#endif
-}
-#endif
-
-// The element of `tile` (rows of STRIDE3) whose address this lane owes ldmatrix: for A, 16 rows x 16 depths from (row,
-// depth); for B, 16 times x 16 depths, which are two B's side by side.
-__device__ inline const bf16* address_a(const bf16* tile, int row, int depth, int lane) {
-    return tile + (row + lane % 16) * STRIDE3 + depth + lane / 16 * 8;
-}
-__device__ inline const bf16* address_b(const bf16* tile, int row, int depth, int lane) {
-    return tile + (row + lane % 8 + lane / 16 * 8) * STRIDE3 + depth + lane / 8 % 2 * 8;
-}
-
-// As conv_v2. A warp: 16 + 16 rows x 32 times, 32 sums a lane; warps 0, 1 the first 16 pairs, 2, 3 the others. Same
-// grid.
-// Shared per 16 channels and tap: a warp reads 2 A and 2 double B's (4 ldmatrix) for 8 mma of 4096 flop.
-// Intensity as version 2's with 2-byte elements: 42 flop per byte from L2 at C = H = 256, K = 3.
-template <bool FORWARD> __global__ void __launch_bounds__(THREADS, 4)
-    conv_v3(Layer n, const bf16* in, const bf16* w, const bf16* bias, const bf16* cond, bf16* out, bf16* h) {
-    const int columns = tile_columns(n), step = tap_step(n), depth = FORWARD ? n.C : 2 * n.H;
-    SHARED(bf16, ws);                            // weights (K, ROWS, STRIDE3)
-    bf16* const xs = ws + n.K * ROWS * STRIDE3;  // input   (columns, STRIDE3)
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, row0 = warp / 2 * 16, time0 = warp % 2 * 32;
-    const int tiles = (int)ceil_div(n.T, TIMES), t0 = (int)(blockIdx.x % tiles) * TIMES;
-    const long long b = blockIdx.x / tiles;
-    const Rows<FORWARD> rows(n, blockIdx.y);
-    const bf16* const in_b = in + b * (FORWARD ? n.x_batch : 2LL * n.H * n.T);
-    const bf16 zero = __float2bfloat16_rn(0);
-
-    float sum[2][4][4];  // (half, 8 times, element of D)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int r = 0; r < 4; ++r) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int r = half * HALF + row0 + lane / 4 + e / 2 * 8, t = t0 + time0 + 8 * j + lane % 4 * 2 + e % 2;
-                sum[half][j][e] = start_sum<FORWARD>(n, bias, cond, b, rows[r], t);
+            for (int j = 0; j < 4; ++j) {
+                const int o = o0 + half * HALF + 4 * tr + r, c = c0 + 4 * tc + j;
+                if (o >= 2 * n.H || c >= n.C) continue;
+                parts[(((long long)blockIdx.y * 2 * n.H + o) * n.K + k) * n.C + c] = sum[half][r][j];
             }
-        }
-    }
-    for (int d0 = 0; d0 < depth; d0 += DEPTH3) {
-        for (int p = tid; p < ROWS * DEPTH3; p += THREADS) {
-            const int r = FORWARD ? p / DEPTH3 : p % ROWS, i = FORWARD ? p % DEPTH3 : p / ROWS;
-            const bool inside = rows[r] >= 0 && d0 + i < depth;
-            const bf16* const taps =
-                w + (FORWARD ? (long long)rows[r] * n.C + d0 + i : (long long)(d0 + i) * n.C + rows[r]) * n.K;
-            for (int k = 0; k < n.K; ++k)
-                ws[((FORWARD ? k : n.K - 1 - k) * ROWS + r) * STRIDE3 + i] = inside ? taps[k] : zero;
-        }
-        for (int column = lane % 8; column < columns;
-             column += 8) {  // a warp: 8 columns x 4 pairs of channels, 32 banks
-            const int i = 8 * warp + lane / 8 * 2, t = column_time<FORWARD>(n, t0, column);
-            const bf16* const from = in_b + (long long)(d0 + i) * n.T + t;
-            const bool inside = t >= 0 && t < n.T;
-            __nv_bfloat162 pair;
-            pair.x = inside && d0 + i < depth ? from[0] : zero;
-            pair.y = inside && d0 + i + 1 < depth ? from[n.T] : zero;
-            *reinterpret_cast<__nv_bfloat162*>(xs + column * STRIDE3 + i) = pair;
-        }
-        __syncthreads();
-        for (int k = 0; k < n.K; ++k) {
-#pragma unroll
-            for (int i = 0; i < DEPTH3; i += 16) {
-                unsigned low[4], high[4], times[4];
-                ldmatrix_x4(low, address_a(ws + k * ROWS * STRIDE3, row0, i, lane));
-                ldmatrix_x4(high, address_a(ws + k * ROWS * STRIDE3, HALF + row0, i, lane));
-#pragma unroll
-                for (int j = 0; j < 4; j += 2) {
-                    ldmatrix_x4(times, address_b(xs, k * step + time0 + 8 * j, i, lane));
-                    mma_bf16(sum[0][j], low, times[0], times[1]);
-                    mma_bf16(sum[1][j], high, times[0], times[1]);
-                    mma_bf16(sum[0][j + 1], low, times[2], times[3]);
-                    mma_bf16(sum[1][j + 1], high, times[2], times[3]);
-                }
-            }
-        }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int r = row0 + lane / 4 + e / 2 * 8, t = t0 + time0 + 8 * j + lane % 4 * 2 + e % 2;
-            finish<FORWARD>(n, b, rows[r], rows[HALF + r], t, sum[0][j][e], sum[1][j][e], out, h);
         }
     }
 }
 
-// As dw_v2: D (16 rows x 8 channels) += dh (16 x 16 times) x (16 times x 8 channels). Both lie in memory as mma wants
-// them, times fastest; the tap's shift is taken while loading. A warp: 32 rows x 32 channels, 4 ldmatrix for 8 mma.
-__global__ void __launch_bounds__(THREADS, 4)
-    dw_v3(Layer n, int splits, const bf16* dh, const bf16* x, float* partial) {
-    SHARED(bf16, gs);                      // dh (ROWS, STRIDE3)
-    bf16* const xs = gs + ROWS * STRIDE3;  // x  (ROWS, STRIDE3), shifted by this block's tap
-    const DwTile tile(n);
-    const int tid = threadIdx.x, lane = tid % 32, row0 = tid / 64 * 32, col0 = tid / 32 % 2 * 32,
-              shift = (n.K - 1 - tile.k) * n.dilation;
-    const int per_item = (int)ceil_div(n.T, DEPTH3);
-    const long long chunks = (long long)n.B * per_item;
-    const bf16 zero = __float2bfloat16_rn(0);
-    float sum[2][4][4] = {};  // (16 rows, 8 channels, element of D)
-    for (long long q = chunks * blockIdx.y / splits; q < chunks * (blockIdx.y + 1) / splits; ++q) {
-        const long long b = q / per_item;
-        const int t0 = (int)(q % per_item) * DEPTH3;
-        for (int p = tid; p < ROWS * DEPTH3; p += THREADS) {
-            const int j = p % DEPTH3, r = p / DEPTH3, t = t0 + j, o = tile.o0 + r, ci = tile.c0 + r;
-            gs[r * STRIDE3 + j] = o < 2 * n.H && t < n.T ? dh[(b * 2 * n.H + o) * n.T + t] : zero;
-            const bool inside = ci < n.C && t < n.T && t >= shift;
-            xs[r * STRIDE3 + j] = inside ? x[b * n.x_batch + (long long)ci * n.T + t - shift] : zero;
+// ==== Version 4: tensor cores ========================================================================================
+// A tensor core multiplies 16 x 16 by 16 x 8 numbers for a whole warp in one instruction (tensor_cores.h): what limits
+// a kernel now is feeding it. Three means:
+//   cp.async    while stage i is multiplied, the copies of stage i + 1 run: no thread waits for them, none holds them in
+//               registers. Two stages lie in shared memory; one barrier a stage keeps them apart.
+//   ldmatrix    fills the registers of a warp with 8 x 8 matrices. Its rows are 16 bytes; channels last, a tap is a row
+//               offset, so one tile of x with its halo serves all taps here too.
+//   swizzle     the 16-byte pieces of a row are stored in an order that changes from row to row, so that the 8 rows of
+//               an 8 x 8 matrix fall on 8 different groups of 4 banks.
+// A block has 4 warps. A tile of frames is 16 M of one batch item (a "slot"), a block has two slots, each shared by two
+// warps. M = 5 (80 frames) where there is work enough for every SM, M = 1 where not.
+constexpr int DEPTH4 = 32, SLOTS = 2, PAIRS4 = 64, CHANNELS4 = 64;
+
+// Where 16-byte piece `piece` of a row lies, in elements. Rows of 32: four pieces; rows of 64: eight.
+__device__ inline int swizzle32(int row, int piece) { return row * 32 + (piece ^ (row >> 1 & 3)) * 8; }
+__device__ inline int swizzle64(int row, int piece) { return row * 64 + (piece ^ (row & 7)) * 8; }
+
+// One piece to shared memory: `valid` (at most 8) elements, zeros behind them. unit: the bytes all rows are aligned to.
+template <class T> __device__ inline void copy_piece(T* to, const T* from, int valid, int unit) {
+    valid = valid < 0 ? 0 : valid > 8 ? 8 : valid;
+    if (unit == 16) return copy_async<16>(to, from, valid * 2);
+    for (int j = 0; j < 8; j += unit / 2) {
+        const int here = valid - j < 0 ? 0 : valid - j > unit / 2 ? unit / 2 : valid - j;
+        if (unit == 8) copy_async<8>(to + j, from + j, here * 2);
+        else if (unit == 4) copy_async<4>(to + j, from + j, here * 2);
+        else if (here) to[j] = from[j];  // odd rows: nothing shorter than 4 bytes copies itself
+        else store(&to[j], 0.0f);
+    }
+}
+
+// The frames of a block's slot: from t0 on, of the item whose first frame is row `item`.
+struct Slot {
+    long long item;
+    int t0;
+    __device__ Slot(const Layer& n, int times, int slot) {
+        const int tiles = (int)ceil_div(n.T, times);
+        const long long i = (long long)blockIdx.x * SLOTS + slot, b = i / tiles;
+        item = b * n.T;
+        t0 = b < n.B ? (int)(i % tiles) * times : 1 << 30;  // no tile is left: after every last frame
+    }
+};
+
+// Forward. A warp: one slot's 16 M frames x 32 channels and their gates: 32 M sums a lane.
+// D has a lane hold two neighbouring channels of every eight. Loading w's rows in the order `channel_of` makes the four
+// pairs of a lane 8 neighbouring channels, so cond, a and y move 16 bytes at a time.
+// Grid: x = pairs of slots, y = tiles of 64 channels. Per 16 channels and tap a warp reads 4 + M ldmatrix for 8 M mma.
+// Global reads per y at M = 5: C (80 + (K - 1) d) / 5120 of x, K C / 80 of w: K C / 80 + ... = 10 + 5 at C = 256, K = 3.
+__device__ inline int channel_of(int row) { return row % 8 / 2 * 8 + row / 8 * 2 + row % 2; }  // rows 0 .. 31
+
+template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
+    forward_v4(Layer n, int unit_x, int unit_w, bool wide, const T* x, const T* w, const T* bias, const T* cond, T* y,
+               T* a) {
+    const int halo = (n.K - 1) * n.dilation, rows = 16 * M + halo;
+    const int x_size = SLOTS * rows * DEPTH4, stage_size = x_size + n.K * 2 * PAIRS4 * DEPTH4;
+    SHARED(T, stages);  // two stages of: x (SLOTS, rows, 32), weights (K, 128, 32), both swizzled
+    const int tid = threadIdx.x, lane = tid % 32, slot = tid / 64, group = tid / 32 % 2, c0 = blockIdx.y * PAIRS4;
+    const int chunks = (int)ceil_div(n.C, DEPTH4);
+    const Slot first(n, 16 * M, 0), second(n, 16 * M, 1), to = slot ? second : first;
+
+    const auto load_stage = [&](int chunk) {
+        T* const xs = stages + chunk % 2 * stage_size;
+        T* const ws = xs + x_size;
+        for (int p = tid; p < SLOTS * rows * 4; p += THREADS) {
+            const int piece = p % 4, r = p / 4, d0 = chunk * DEPTH4 + piece * 8;
+            const int t = (r < rows ? first.t0 : second.t0 - rows) - halo + r;
+            const long long row = (r < rows ? first.item : second.item) + t;
+            const bool inside = t >= 0 && t < n.T && d0 < n.C;
+            copy_piece(xs + swizzle32(r, piece), inside ? x + row * n.x_row + d0 : x, inside ? n.C - d0 : 0, unit_x);
         }
-        __syncthreads();
+        for (int p = tid; p < n.K * 2 * PAIRS4 * 4; p += THREADS) {  // rows of a group: 32 values, their 32 gates
+            const int piece = p % 4, r = p / 4 % (2 * PAIRS4), k = p / 4 / (2 * PAIRS4), d0 = chunk * DEPTH4 + piece * 8;
+            const int c = c0 + r / 64 * 32 + channel_of(r % 32);
+            const bool inside = c < n.H && d0 < n.C;
+            const long long o = c + r / 32 % 2 * n.H;
+            copy_piece(ws + swizzle32(p / 4, piece), inside ? w + (o * n.K + k) * n.C + d0 : w, inside ? n.C - d0 : 0,
+                       unit_w);
+        }
+    };
+
+    float sum[M][8][4] = {};  // (16 frames, 8 rows of weights: 4 of values, 4 of gates, element of D)
+    load_stage(0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        wait_for_copies();  // this thread's part of the stage has arrived;
+        __syncthreads();    // now everyone's has, and everyone is done with the stage before
+        if (chunk + 1 < chunks) load_stage(chunk + 1);
+        const T* const xs = stages + chunk % 2 * stage_size;
+        const T* const ws = xs + x_size;
+        for (int k = 0; k < n.K; ++k) {
 #pragma unroll
-        for (int i = 0; i < DEPTH3; i += 16) {
-            unsigned g[2][4], v[4];
-            ldmatrix_x4(g[0], address_a(gs, row0, i, lane));
-            ldmatrix_x4(g[1], address_a(gs, row0 + 16, i, lane));
+            for (int i = 0; i < DEPTH4 / 8; i += 2) {  // 16 channels: pieces i and i + 1
+                unsigned rows_w[4][4], frames[4];
 #pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                ldmatrix_x4(v, address_b(xs, col0 + 8 * j, i, lane));
+                for (int j = 0; j < 4; ++j)
+                    ldmatrix<false>(rows_w[j], ws + swizzle32(k * 128 + group * 64 + 16 * j + lane % 8 + lane / 16 * 8,
+                                                              i + lane / 8 % 2));
 #pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    mma_bf16(sum[m][j], g[m], v[0], v[1]);
-                    mma_bf16(sum[m][j + 1], g[m], v[2], v[3]);
+                for (int m = 0; m < M; ++m) {
+                    ldmatrix<false>(frames, xs + swizzle32(slot * rows + k * n.dilation + 16 * m + lane % 16,
+                                                           i + lane / 16));
+#pragma unroll
+                    for (int j = 0; j < 8; ++j)
+                        mma(T(), sum[m][j], frames, rows_w[j / 2][j % 2 * 2], rows_w[j / 2][j % 2 * 2 + 1]);
                 }
             }
         }
-        __syncthreads();
     }
+
+    const int c = c0 + group * 32 + lane % 4 * 8;  // this lane's 8 channels
+    if (c >= n.H) return;
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            const int t = to.t0 + 16 * m + lane / 4 + e * 4;
+            if (t >= n.T) continue;
+            const long long row = to.item + t;
+            using P = Pack<T, 8>;
+            P value, gate, out;
+            if (cond && wide) {
+                value = *reinterpret_cast<const P*>(cond + row * n.cond_row + c);
+                gate = *reinterpret_cast<const P*>(cond + row * n.cond_row + n.H + c);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const bool inside = wide || c + i < n.H;
+                float p = sum[m][i / 2][e + i % 2], g = sum[m][4 + i / 2][e + i % 2];
+                if (bias && inside) p += load(bias[c + i]), g += load(bias[n.H + c + i]);
+                if (cond && wide) p += load(value.v[i]), g += load(gate.v[i]);
+                else if (cond && inside)
+                    p += load(cond[row * n.cond_row + c + i]), g += load(cond[row * n.cond_row + n.H + c + i]);
+                store(&value.v[i], p), store(&gate.v[i], g), store(&out.v[i], tanh_(p) * sigmoid(g));
+                if (wide || !inside) continue;
+                y[row * n.H + c + i] = out.v[i];
+                if (a) a[row * 2 * n.H + c + i] = value.v[i], a[row * 2 * n.H + n.H + c + i] = gate.v[i];
+            }
+            if (!wide) continue;
+            *reinterpret_cast<P*>(y + row * n.H + c) = out;
+            if (a) *reinterpret_cast<P*>(a + row * 2 * n.H + c) = value;
+            if (a) *reinterpret_cast<P*>(a + row * 2 * n.H + n.H + c) = gate;
+        }
+    }
+}
+
+// dx. A warp: one slot's 16 M frames x 32 input channels: 16 M sums a lane. The sum runs over the rows of w, which lie
+// across (input channels fastest): ldmatrix transposes them on the way.
+// Grid: x = pairs of slots, y = tiles of 64 input channels.
+template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
+    dx_v4(Layer n, int unit_g, int unit_w, const T* da, const T* w, T* dx) {
+    const int halo = (n.K - 1) * n.dilation, rows = 16 * M + halo;
+    const int g_size = SLOTS * rows * DEPTH4, stage_size = g_size + n.K * DEPTH4 * CHANNELS4;
+    SHARED(T, stages);  // two stages of: da (SLOTS, rows, 32), weights (K, 32, 64), both swizzled
+    const int tid = threadIdx.x, lane = tid % 32, slot = tid / 64, group = tid / 32 % 2, c0 = blockIdx.y * CHANNELS4;
+    const int chunks = (int)ceil_div(2LL * n.H, DEPTH4);
+    const Slot first(n, 16 * M, 0), second(n, 16 * M, 1), to = slot ? second : first;
+
+    const auto load_stage = [&](int chunk) {
+        T* const gs = stages + chunk % 2 * stage_size;
+        T* const ws = gs + g_size;
+        for (int p = tid; p < SLOTS * rows * 4; p += THREADS) {
+            const int piece = p % 4, r = p / 4, o = chunk * DEPTH4 + piece * 8;
+            const int t = (r < rows ? first.t0 : second.t0 - rows) + r;
+            const long long row = (r < rows ? first.item : second.item) + t;
+            const bool inside = t < n.T && o < 2 * n.H;
+            copy_piece(gs + swizzle32(r, piece), inside ? da + row * 2 * n.H + o : da, inside ? 2 * n.H - o : 0,
+                       unit_g);
+        }
+        for (int p = tid; p < n.K * DEPTH4 * 8; p += THREADS) {
+            const int piece = p % 8, o = chunk * DEPTH4 + p / 8 % DEPTH4, k = p / 8 / DEPTH4, c = c0 + piece * 8;
+            const bool inside = o < 2 * n.H && c < n.C;
+            copy_piece(ws + swizzle64(p / 8, piece), inside ? w + ((long long)o * n.K + k) * n.C + c : w,
+                       inside ? n.C - c : 0, unit_w);
+        }
+    };
+
+    float sum[M][4][4] = {};  // (16 frames, 8 input channels, element of D)
+    load_stage(0);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        wait_for_copies();
+        __syncthreads();
+        if (chunk + 1 < chunks) load_stage(chunk + 1);
+        const T* const gs = stages + chunk % 2 * stage_size;
+        const T* const ws = gs + g_size;
+        for (int k = 0; k < n.K; ++k) {
+#pragma unroll
+            for (int i = 0; i < DEPTH4; i += 16) {
+                unsigned channels[2][4], frames[4];
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    ldmatrix<true>(channels[j], ws + swizzle64(k * DEPTH4 + i + lane % 16,
+                                                               group * 4 + 2 * j + lane / 16));
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    ldmatrix<false>(frames, gs + swizzle32(slot * rows + shift_of(n, k) + 16 * m + lane % 16,
+                                                           i / 8 + lane / 16));
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        mma(T(), sum[m][j], frames, channels[j / 2][j % 2 * 2], channels[j / 2][j % 2 * 2 + 1]);
+                }
+            }
+        }
+    }
+
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int o = tile.o0 + row0 + 16 * m + lane / 4 + e / 2 * 8,
-                          ci = tile.c0 + col0 + 8 * j + lane % 4 * 2 + e % 2;
-                if (o >= 2 * n.H || ci >= n.C) continue;
-                partial[(((long long)blockIdx.y * n.K + tile.k) * 2 * n.H + o) * n.C + ci] = sum[m][j][e];
+            for (int e = 0; e < 4; e += 2) {
+                const int t = to.t0 + 16 * m + lane / 4 + e * 4, c = c0 + group * 32 + 8 * j + lane % 4 * 2;
+                if (t >= n.T || c >= n.C) continue;
+                T* const out = dx + (to.item + t) * n.C + c;
+                Pack<T, 2> pair;
+                store(&pair.v[0], sum[m][j][e]), store(&pair.v[1], sum[m][j][e + 1]);
+                if (n.C % 2 == 0) *reinterpret_cast<Pack<T, 2>*>(out) = pair;
+                else {
+                    out[0] = pair.v[0];
+                    if (c + 1 < n.C) out[1] = pair.v[1];
+                }
+            }
+        }
+    }
+}
+
+// dw. A block: 64 rows x 64 input channels of TAPS taps, which share the tile of x with its halo; a stage is up to 80
+// frames of one batch item. Frames are summed over, so both operands lie across and ldmatrix transposes both. A warp:
+// 32 rows x 32 channels x TAPS, 32 TAPS sums a lane. parts (splits, 2H, K, C).
+// Grid: x = (row tile * channel tiles + channel tile) * (K / TAPS) + group of taps, y = splits.
+constexpr int DW_TIMES = 80;
+template <class T, int TAPS> __global__ void __launch_bounds__(THREADS, 2)
+    dw_v4(Layer n, int splits, int unit_g, int unit_x, const T* da, const T* x, float* parts) {
+    const int rows = DW_TIMES + (TAPS - 1) * n.dilation, stage_size = (DW_TIMES + rows) * 64;
+    SHARED(T, stages);  // two stages of: da (80, 64), x (rows, 64), both swizzled
+    const int tid = threadIdx.x, lane = tid % 32, row0 = tid / 64 * 32, col0 = tid / 32 % 2 * 32;
+    const int tiles = (int)ceil_div(n.C, 64), groups = n.K / TAPS, k0 = blockIdx.x % groups * TAPS,
+              c0 = (int)(blockIdx.x / groups % tiles) * 64, o0 = (int)(blockIdx.x / groups / tiles) * 64;
+    const int per_item = (int)ceil_div(n.T, DW_TIMES);
+    const long long chunks = (long long)n.B * per_item, first = chunks * blockIdx.y / splits,
+                    end = chunks * (blockIdx.y + 1) / splits;
+
+    const auto load_stage = [&](long long chunk) {
+        T* const gs = stages + chunk % 2 * stage_size;
+        T* const xs = gs + DW_TIMES * 64;
+        const long long b = chunk / per_item;
+        const int t0 = (int)(chunk % per_item) * DW_TIMES;
+        for (int p = tid; p < DW_TIMES * 8; p += THREADS) {
+            const int piece = p % 8, o = o0 + piece * 8, t = t0 + p / 8;
+            const bool inside = t < n.T && o < 2 * n.H;
+            copy_piece(gs + swizzle64(p / 8, piece), inside ? da + (b * n.T + t) * 2 * n.H + o : da,
+                       inside ? 2 * n.H - o : 0, unit_g);
+        }
+        for (int p = tid; p < rows * 8; p += THREADS) {
+            const int piece = p % 8, c = c0 + piece * 8, t = t0 + p / 8 - shift_of(n, k0);
+            const bool inside = t >= 0 && t < n.T && c < n.C;
+            copy_piece(xs + swizzle64(p / 8, piece), inside ? x + (b * n.T + t) * n.x_row + c : x,
+                       inside ? n.C - c : 0, unit_x);
+        }
+    };
+
+    float sum[TAPS][2][4][4] = {};  // (tap, 16 rows, 8 channels, element of D)
+    if (first < end) load_stage(first);
+    for (long long chunk = first; chunk < end; ++chunk) {
+        wait_for_copies();
+        __syncthreads();
+        if (chunk + 1 < end) load_stage(chunk + 1);
+        const T* const gs = stages + chunk % 2 * stage_size;
+        const T* const xs = gs + DW_TIMES * 64;
+        const int left = n.T - (int)(chunk % per_item) * DW_TIMES;
+        for (int t = 0; t < DW_TIMES && t < left; t += 16) {
+            unsigned g[2][4], v[4];
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+                ldmatrix<true>(g[m], gs + swizzle64(t + lane % 8 + lane / 16 * 8,
+                                                    (row0 + 16 * m) / 8 + lane / 8 % 2));
+#pragma unroll
+            for (int tap = 0; tap < TAPS; ++tap) {
+#pragma unroll
+                for (int j = 0; j < 4; j += 2) {
+                    ldmatrix<true>(v, xs + swizzle64(t + tap * n.dilation + lane % 16, col0 / 8 + j + lane / 16));
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) {
+                        mma(T(), sum[tap][m][j], g[m], v[0], v[1]);
+                        mma(T(), sum[tap][m][j + 1], g[m], v[2], v[3]);
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int o = o0 + row0 + 16 * m + lane / 4 + e / 2 * 8,
+                              c = c0 + col0 + 8 * j + lane % 4 * 2 + e % 2;
+                    if (o >= 2 * n.H || c >= n.C) continue;
+                    parts[(((long long)blockIdx.y * 2 * n.H + o) * n.K + k0 + tap) * n.C + c] = sum[tap][m][j][e];
+                }
             }
         }
     }
@@ -574,19 +824,68 @@ __global__ void __launch_bounds__(THREADS, 4)
 // ==== Launchers ======================================================================================================
 // Return nullptr, or what went wrong in words. Every launch goes to the caller's stream and is followed by a check;
 // none allocates or waits. A grid of no blocks is an error in CUDA, so empty tensors launch nothing.
-constexpr long long SHARED_LIMIT = 48 * 1024;  // what every GPU gives a block without asking
+constexpr long long EVERY_GPU = 48 * 1024;   // bytes of shared memory that every GPU gives a block without asking
+constexpr long long SM_80_ON = 99 * 1024;    // and, asked, every GPU with the tensor cores of version 4
 inline dim3 blocks_for(long long size, int block) { return dim3((unsigned)ceil_div(size, block)); }
 
 inline long long shared_v2(const Layer& n, int element) {
-    return (1LL * n.K * DEPTH * STRIDE + DEPTH * tile_columns(n)) * element;
+    return (1LL * n.K * 2 * SIDE + tile_rows<SIDE>(n)) * STRIDE2 * element;
 }
-inline long long shared_v3(const Layer& n) { return (1LL * n.K * ROWS + tile_columns(n)) * STRIDE3 * 2; }
+inline long long shared_v3(const Layer& n, int element) {
+    return (1LL * n.K * DEPTH * STRIDE + DEPTH * tile_stride(n)) * element;
+}
+inline long long shared_forward_v4(const Layer& n, int M) {
+    const long long rows = 16 * M + (n.K - 1LL) * n.dilation;
+    return 2 * 2 * DEPTH4 * (SLOTS * rows + 2LL * n.K * PAIRS4);
+}
+inline long long shared_dx_v4(const Layer& n, int M) {
+    const long long rows = 16 * M + (n.K - 1LL) * n.dilation;
+    return 2 * 2 * DEPTH4 * (SLOTS * rows + 1LL * n.K * CHANNELS4);
+}
+inline long long shared_dw_v4(const Layer& n, int taps) {
+    return 2 * 2 * 64 * (2LL * DW_TIMES + (taps - 1LL) * n.dilation);
+}
 
-// Was version 3 compiled for, and can this device run, bfloat16 tensor cores? (PTX made for sm_75 would only trap.)
+// 16 M frames a slot: 80 where that fits and leaves enough blocks to fill a GPU. The order of the sums is the same.
+#ifndef FULL_BLOCKS
+#define FULL_BLOCKS 96  // tests take fewer, so that small shapes have long tiles too
+#endif
+inline bool long_tiles(const Layer& n) {
+    return ceil_div(n.B * ceil_div(n.T, 80), SLOTS) * ceil_div(n.H, PAIRS4) >= FULL_BLOCKS &&
+           shared_forward_v4(n, 5) <= SM_80_ON;  // dx and dw need less
+}
+// How many taps a block of dw_v4 takes: as many as share a tile of x no longer than the halo it is for.
+inline int dw_taps(const Layer& n) {
+    return n.dilation > DW_TIMES / 2 ? 1 : n.K % 3 == 0 ? 3 : n.K % 2 == 0 ? 2 : 1;
+}
+inline int splits_of(int version, const Layer& n) {
+    if (version == 4)
+        return dw_splits(n, ceil_div(2LL * n.H, 64) * ceil_div(n.C, 64) * (n.K / dw_taps(n)), DW_TIMES);
+    return version == 3 ? dw_splits(n, ceil_div(2LL * n.H, ROWS) * ceil_div(n.C, ROWS) * n.K, DW_DEPTH) : 0;
+}
+
+// The bytes that every row of `row` 16-bit numbers, from p on, is aligned to: 16, 8, 4 or 2.
+inline int alignment_of(const void* p, long long row) {
+    const unsigned long long bits = (unsigned long long)(uintptr_t)p | (unsigned long long)row * 2 | 16;
+    return (int)(bits & -bits);
+}
+
+// Blocks of gate_backward: `lanes` groups of V channels, and the runs of frames that become parts of dbias.
+inline int gate_lanes(const Layer& n, int V) {
+    int lanes = 32;
+    while (lanes > 1 && lanes / 2 * V >= n.H) lanes /= 2;
+    return lanes;
+}
+inline bool gate_is_wide(const Layer& n, int wide) { return n.H % wide == 0; }
+inline long long gate_runs(const Layer& n, int V) {
+    return ceil_div((long long)n.B * n.T, GATE_THREADS / gate_lanes(n, V) * GATE_RUN);
+}
+
+// Was version 4 compiled for, and can this device run, these tensor cores? (PTX made for sm_75 would only trap.)
 static bool has_tensor_cores() {
 #ifdef __CUDACC__
     cudaFuncAttributes compiled;
-    if (cudaFuncGetAttributes(&compiled, conv_v3<true>) == cudaSuccess) return compiled.ptxVersion >= 80;
+    if (cudaFuncGetAttributes(&compiled, dw_v4<__nv_bfloat16, 1>) == cudaSuccess) return compiled.ptxVersion >= 80;
     cudaGetLastError();  // or the next launch would be blamed
     return false;
 #else
@@ -595,79 +894,140 @@ static bool has_tensor_cores() {
 }
 
 static const char* check(const Layer& n) {
-    const double rows = n.C > 2.0 * n.H ? n.C : 2.0 * n.H, blocks = 2147483647.0;
+    const double channels = n.C > 2.0 * n.H ? n.C : 2.0 * n.H, blocks = 2147483647.0;
     if (n.B < 0 || n.C < 0 || n.H < 0 || n.T < 0) return "a size is negative";
     if (n.K < 1 || n.dilation < 1) return "kernel size and dilation must be at least 1";
-    if (rows > 65535 * HALF) return "more than 2,097,120 channels";
+    if (channels > 65535 * SIDE) return "more than 1,048,560 channels";
     if (n.T > 1 << 29 || (n.K - 1.0) * n.dilation > 1 << 29)
         return "frames or (kernel size - 1) * dilation exceed 2^29";
-    if (n.B * rows * (n.T / 64 + 1.0) / 2 > blocks || rows * n.C * n.K / 64 > blocks)
+    if (n.B * (n.T / 16 + 1.0) > blocks || n.B * (double)n.T * channels / 32 > blocks ||
+        channels * n.C * n.K / 32 > blocks)
         return "a launch needs more than 2^31 - 1 blocks";
+    return nullptr;
+}
+
+template <class T, int M>
+static const char* run_forward_v4(const Layer& n, const T* x, const T* w, const T* bias, const T* cond, T* y, T* a,
+                                  void* stream) {
+    const bool wide = n.H % 8 == 0 && (!cond || alignment_of(cond, n.cond_row) == 16);
+    const dim3 grid((unsigned)ceil_div(n.B * ceil_div(n.T, 16 * M), SLOTS), (unsigned)ceil_div(n.H, PAIRS4));
+    LAUNCH((forward_v4<T, M>), grid, dim3(THREADS), shared_forward_v4(n, M), stream, n, alignment_of(x, n.x_row),
+           alignment_of(w, n.C), wide, x, w, bias, cond, y, a);
     return nullptr;
 }
 
 template <class T>
 static const char* run_forward(int version, const Layer& n, const T* x, const T* w, const T* bias, const T* cond, T* y,
-                               T* h, void* stream) {
+                               T* a, void* stream) {
     if (const char* problem = check(n)) return problem;
-    const long long outputs = (long long)n.B * n.H * n.T;
+    const long long outputs = (long long)n.B * n.T * n.H;
+    const int element = sizeof(Sum<T>);
     if (outputs == 0) return nullptr;
-    if (version == 1) {
-        LAUNCH(forward_v1<T>, blocks_for(outputs, 128), dim3(128), 0, stream, n, x, w, bias, cond, y, h);
-        return nullptr;
+    if (version == 1)
+        LAUNCH(forward_v1<T>, blocks_for(outputs, 128), dim3(128), 0, stream, n, x, w, bias, cond, y, a);
+    if (version == 2) {
+        const dim3 grid((unsigned)(n.B * ceil_div(n.T, SIDE)), (unsigned)ceil_div(n.H, SIDE));
+        LAUNCH(forward_v2<T>, grid, dim3(SIDE * SIDE), shared_v2(n, element), stream, n, x, w, bias, cond, y, a);
     }
-    const dim3 grid((unsigned)(n.B * ceil_div(n.T, TIMES)), (unsigned)ceil_div(n.H, HALF));
-    if constexpr (std::is_same_v<T, bf16>) {
-        if (version == 3) {
-            LAUNCH(conv_v3<true>, grid, dim3(THREADS), shared_v3(n), stream, n, x, w, bias, cond, y, h);
-            return nullptr;
-        }
+    if (version == 3) {
+        const dim3 grid((unsigned)(n.B * ceil_div(n.T, TIMES)), (unsigned)ceil_div(n.H, HALF));
+        LAUNCH(forward_v3<T>, grid, dim3(THREADS), shared_v3(n, element), stream, n, x, w, bias, cond, y, a);
     }
-    LAUNCH((conv_v2<T, true>), grid, dim3(THREADS), shared_v2(n, sizeof(Sum<T>)), stream, n, x, w, bias, cond, y, h);
+    if constexpr (IS_16_BIT<T>) {
+        if (version == 4)
+            return long_tiles(n) ? run_forward_v4<T, 5>(n, x, w, bias, cond, y, a, stream)
+                                 : run_forward_v4<T, 1>(n, x, w, bias, cond, y, a, stream);
+    }
     return nullptr;
 }
 
 template <class T>
-static const char* run_backward(int version, const Layer& n, const T* dy, const T* h, const T* x, const T* w, T* dh,
-                                T* dx, T* dw, T* dbias, void* workspace, void* stream) {
-    using A = Sum<T>;
-    if (const char* problem = check(n)) return problem;
-    const long long inputs = (long long)n.B * n.C * n.T, weights = 2LL * n.H * n.C * n.K, plane = (long long)n.H * n.T;
-    if (n.B * plane > 0)
-        LAUNCH(gate_backward<T>, dim3((unsigned)(n.B * ceil_div(plane, 256))), dim3(256), 0, stream, n, dy, h, dh);
-    if (version == 1) {
-        if (inputs > 0) LAUNCH(dx_v1<T>, blocks_for(inputs, 128), dim3(128), 0, stream, n, dh, w, dx);
-        if (weights > 0) LAUNCH(dw_v1<T>, blocks_for(weights, 128), dim3(128), 0, stream, n, dh, x, dw);
-        if (n.H > 0) LAUNCH(dbias_v1<T>, blocks_for(2 * n.H, 128), dim3(128), 0, stream, n, dh, dbias);
-        return nullptr;
-    }
-    A* const partial = static_cast<A*>(workspace);
-    const T* const none = nullptr;
-    const dim3 grid((unsigned)(n.B * ceil_div(n.T, TIMES)), (unsigned)ceil_div(n.C, ROWS));
-    const int splits = dw_splits(n, version == 3 ? DEPTH3 : DW_DEPTH);
-    const dim3 dw_grid((unsigned)dw_tiles(n), splits);
-    bool done = false;
-    if constexpr (std::is_same_v<T, bf16>) {
-        if (version == 3) {
-            if (inputs > 0)
-                LAUNCH(conv_v3<false>, grid, dim3(THREADS), shared_v3(n), stream, n, dh, w, none, none, dx,
-                       (T*)nullptr);
-            if (weights > 0)
-                LAUNCH(dw_v3, dw_grid, dim3(THREADS), 2 * ROWS * STRIDE3 * 2, stream, n, splits, dh, x, partial);
-            done = true;
-        }
-    }
-    if (!done) {
-        if (inputs > 0)
-            LAUNCH((conv_v2<T, false>), grid, dim3(THREADS), shared_v2(n, sizeof(A)), stream, n, dh, w, none, none, dx,
-                   (T*)nullptr);
-        if (weights > 0)
-            LAUNCH(dw_v2<T>, dw_grid, dim3(THREADS), 2 * DW_DEPTH * STRIDE * sizeof(A), stream, n, splits, dh, x,
-                   partial);
-    }
-    if (weights > 0) LAUNCH(dw_sum<T>, blocks_for(weights, 128), dim3(128), 0, stream, n, splits, partial, dw);
-    if (n.H > 0) LAUNCH(dbias_v2<T>, dim3(2 * n.H), dim3(THREADS), 4 * sizeof(A), stream, n, dh, dbias);
+static const char* run_gate(const Layer& n, const T* dy, const T* a, T* da, T* dbias, Sum<T>* parts, void* stream) {
+    constexpr int V = WIDE<T>;
+    const bool wide = gate_is_wide(n, V) && (uintptr_t)dy % 16 == 0 && (uintptr_t)a % 16 == 0;
+    const int lanes = gate_lanes(n, V), one = gate_lanes(n, 1), rows = GATE_THREADS / (wide ? lanes : one);
+    const long long runs = gate_runs(n, wide ? V : 1);
+    const long long bytes = 2LL * GATE_THREADS * (wide ? V : 1) * sizeof(Sum<T>);
+    if (runs > 0 && wide)
+        LAUNCH((gate_backward<T, V>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, lanes * V)), dim3(lanes, rows), bytes,
+               stream, n, dy, a, da, parts);
+    if (runs > 0 && !wide)
+        LAUNCH((gate_backward<T, 1>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, one)), dim3(one, rows), bytes, stream,
+               n, dy, a, da, parts);
+    LAUNCH(sum_parts<T>, blocks_for(2 * n.H, 32), dim3(32, 8), 256 * sizeof(Sum<T>), stream, 2LL * n.H, (int)runs,
+           parts, dbias);
     return nullptr;
+}
+
+template <class T, int M>
+static const char* run_dx_v4(const Layer& n, const T* da, const T* w, T* dx, void* stream) {
+    const dim3 grid((unsigned)ceil_div(n.B * ceil_div(n.T, 16 * M), SLOTS), (unsigned)ceil_div(n.C, CHANNELS4));
+    LAUNCH((dx_v4<T, M>), grid, dim3(THREADS), shared_dx_v4(n, M), stream, n, alignment_of(da, 2LL * n.H),
+           alignment_of(w, n.C), da, w, dx);
+    return nullptr;
+}
+
+template <class T, int TAPS>
+static const char* run_dw_v4(const Layer& n, const T* da, const T* x, float* parts, void* stream) {
+    const int splits = splits_of(4, n);
+    const dim3 grid((unsigned)(ceil_div(2LL * n.H, 64) * ceil_div(n.C, 64) * (n.K / TAPS)), splits);
+    LAUNCH((dw_v4<T, TAPS>), grid, dim3(THREADS), shared_dw_v4(n, TAPS), stream, n, splits,
+           alignment_of(da, 2LL * n.H), alignment_of(x, n.x_row), da, x, parts);
+    return nullptr;
+}
+
+template <class T> static const char* run_dx(int version, const Layer& n, const T* da, const T* w, T* dx, void* stream) {
+    const int element = sizeof(Sum<T>);
+    if (version == 1)
+        LAUNCH(dx_v1<T>, blocks_for((long long)n.B * n.T * n.C, 128), dim3(128), 0, stream, n, da, w, dx);
+    if (version == 2) {
+        const dim3 grid((unsigned)(n.B * ceil_div(n.T, SIDE)), (unsigned)ceil_div(n.C, SIDE));
+        LAUNCH(dx_v2<T>, grid, dim3(SIDE * SIDE), shared_v2(n, element), stream, n, da, w, dx);
+    }
+    if (version == 3) {
+        const dim3 grid((unsigned)(n.B * ceil_div(n.T, TIMES)), (unsigned)ceil_div(n.C, ROWS));
+        LAUNCH(dx_v3<T>, grid, dim3(THREADS), shared_v3(n, element), stream, n, da, w, dx);
+    }
+    if constexpr (IS_16_BIT<T>) {
+        if (version == 4)
+            return long_tiles(n) ? run_dx_v4<T, 5>(n, da, w, dx, stream) : run_dx_v4<T, 1>(n, da, w, dx, stream);
+    }
+    return nullptr;
+}
+
+template <class T>
+static const char* run_dw(int version, const Layer& n, const T* da, const T* x, T* dw, Sum<T>* parts, void* stream) {
+    const long long weights = 2LL * n.H * n.K * n.C;
+    const int splits = splits_of(version, n), element = sizeof(Sum<T>);
+    if (version == 1) LAUNCH(dw_v1<T>, blocks_for(weights, 128), dim3(128), 0, stream, n, da, x, dw);
+    if (version == 2)
+        LAUNCH(dw_v2<T>, dim3((unsigned)(ceil_div(2LL * n.H, SIDE) * ceil_div(n.C, SIDE) * n.K)), dim3(SIDE * SIDE),
+               2 * SIDE * STRIDE2 * element, stream, n, da, x, dw);
+    if (version < 3) return nullptr;
+    if (version == 3)
+        LAUNCH(dw_v3<T>, dim3((unsigned)(ceil_div(2LL * n.H, ROWS) * ceil_div(n.C, ROWS) * n.K), splits), dim3(THREADS),
+               2 * DW_DEPTH * STRIDE * element, stream, n, splits, da, x, parts);
+    if constexpr (IS_16_BIT<T>) {
+        const int taps = dw_taps(n);
+        const char* problem = version < 4 ? nullptr
+                              : taps == 3 ? run_dw_v4<T, 3>(n, da, x, parts, stream)
+                              : taps == 2 ? run_dw_v4<T, 2>(n, da, x, parts, stream)
+                                          : run_dw_v4<T, 1>(n, da, x, parts, stream);
+        if (problem) return problem;
+    }
+    LAUNCH(sum_parts<T>, blocks_for(weights, 32), dim3(32, 8), 256 * element, stream, weights, splits, parts, dw);
+    return nullptr;
+}
+
+template <class T>
+static const char* run_backward(int version, const Layer& n, const T* dy, const T* a, const T* x, const T* w, T* da,
+                                T* dx, T* dw, T* dbias, void* workspace, void* stream) {
+    const char* problem = check(n);
+    if (!problem && n.H > 0) problem = run_gate(n, dy, a, da, dbias, static_cast<Sum<T>*>(workspace), stream);
+    if (!problem && (long long)n.B * n.T * n.C > 0) problem = run_dx(version, n, da, w, dx, stream);
+    if (!problem && (long long)n.H * n.C > 0)
+        problem = run_dw(version, n, da, x, dw, static_cast<Sum<T>*>(workspace), stream);
+    return problem;
 }
 
 // The C interface of gated_conv.h. GATED_CONV_DTYPES may name fewer types for a quicker build.
@@ -676,22 +1036,22 @@ static const char* run_backward(int version, const Layer& n, const T* dy, const 
 #endif
 
 extern "C" const char* gated_conv_forward(int dtype, int version, const Layer* n, const void* x, const void* w,
-                                          const void* bias, const void* cond, void* y, void* h, void* stream) {
+                                          const void* bias, const void* cond, void* y, void* a, void* stream) {
 #define CASE(code, T) \
     if (dtype == code) \
-        return run_forward<T>(version, *n, (const T*)x, (const T*)w, (const T*)bias, (const T*)cond, (T*)y, (T*)h, \
+        return run_forward<T>(version, *n, (const T*)x, (const T*)w, (const T*)bias, (const T*)cond, (T*)y, (T*)a, \
                               stream);
     GATED_CONV_DTYPES(CASE)
 #undef CASE
     return "dtype must be float32, float64, float16 or bfloat16";
 }
 
-extern "C" const char* gated_conv_backward(int dtype, int version, const Layer* n, const void* dy, const void* h,
-                                           const void* x, const void* w, void* dh, void* dx, void* dw, void* dbias,
+extern "C" const char* gated_conv_backward(int dtype, int version, const Layer* n, const void* dy, const void* a,
+                                           const void* x, const void* w, void* da, void* dx, void* dw, void* dbias,
                                            void* workspace, void* stream) {
 #define CASE(code, T) \
     if (dtype == code) \
-        return run_backward<T>(version, *n, (const T*)dy, (const T*)h, (const T*)x, (const T*)w, (T*)dh, (T*)dx, \
+        return run_backward<T>(version, *n, (const T*)dy, (const T*)a, (const T*)x, (const T*)w, (T*)da, (T*)dx, \
                                (T*)dw, (T*)dbias, workspace, stream);
     GATED_CONV_DTYPES(CASE)
 #undef CASE
@@ -699,12 +1059,17 @@ extern "C" const char* gated_conv_backward(int dtype, int version, const Layer* 
 }
 
 extern "C" int gated_conv_version(int dtype, int version, const Layer* n) {
-    const bool fits[4] = {false, true, shared_v2(*n, dtype == 1 ? 8 : 4) <= SHARED_LIMIT,
-                          dtype == 3 && shared_v3(*n) <= SHARED_LIMIT && has_tensor_cores()};
-    if (version == 0) return fits[3] ? 3 : fits[2] ? 2 : 1;
-    return version > 0 && version < 4 && fits[version] ? version : 0;
+    const int element = dtype == 1 ? 8 : 4;
+    const bool fits[5] = {false, true, shared_v2(*n, element) <= EVERY_GPU, shared_v3(*n, element) <= EVERY_GPU,
+                          dtype >= 2 && shared_forward_v4(*n, 1) <= SM_80_ON && has_tensor_cores()};
+    for (int best = 4; version == 0; --best) {
+        if (fits[best]) return best;
+    }
+    return version > 0 && version < 5 && fits[version] ? version : 0;
 }
 
-extern "C" long long gated_conv_workspace(int version, const Layer* n) {
-    return version == 1 ? 0 : 2LL * n->H * n->C * n->K * dw_splits(*n, version == 3 ? DEPTH3 : DW_DEPTH);
+extern "C" long long gated_conv_workspace(int version, const Layer* n) {  // dbias's parts, then dw's in their place
+    const long long gate = n->H > 0 ? gate_runs(*n, 1) * 2 * n->H : 0, dw = 2LL * n->H * n->K * n->C;
+    const long long parts = dw * splits_of(version, *n);
+    return gate > parts ? gate : parts;
 }

@@ -1,5 +1,6 @@
-"""Gives the kernels of this folder to PyTorch: shapes, gradient, autocast; finds a toolkit, builds, loads."""
+"""Gives this folder's kernels to PyTorch: shapes, gradient, autocast; builds, loads and chooses."""
 
+import functools
 import hashlib
 import os
 import shutil
@@ -13,32 +14,51 @@ import torch
 
 from media.console import UserError
 
-KERNEL_VERSION = 0  # of csrc/gated_conv.cu: 1 naive, 2 tiled, 3 tensor cores (bfloat16), 0 the best that fits
-_kernel = None  # what load_kernel found: a function, or False; None: not asked yet
+CSRC = Path(__file__).resolve().parent
+SOURCES = "gated_conv.h", "tensor_cores.h", "gated_conv.cpp", "gated_conv.cu"
+# Where the fused operator is the faster one: dtype -> least compute capability. Elsewhere, and inside
+# torch.compile, PyTorch runs the definition. Source: prototypes of this design on an H100 (csrc/README.md).
+FASTER = {torch.bfloat16: (8, 0), torch.float16: (8, 0)}
 
 
+# ---- The operator ------------------------------------------------------------------------------------------
+
+
+def fused_gated_conv(x, weight, bias, cond, dilation, version=0, library="talkingflow"):
+    """`gated_causal_conv_reference` by rung `version` of gated_conv.cu; 0: the highest that can run it."""
+    save = torch.is_grad_enabled()  # the pre-activation, for backward
+    return getattr(torch.ops, library).gated_conv(x, weight, bias, cond, dilation, save, version)[0]
+
+
+def fake(x, weight, bias, cond, dilation, save, version):
+    """Shapes of y (B, T, H) and of the pre-activation a (B, T, 2H), without data."""
+    B, T, H = x.shape[0], x.shape[1], weight.shape[0] // 2
+    return x.new_empty(B, T, H), x.new_empty(B if save else 0, T, 2 * H)
+
+
+def fake_backward(dy, a, x, weight, dilation, version):
+    dweight = weight.new_empty(weight.shape[0], weight.shape[2], weight.shape[1]).transpose(1, 2)
+    return x.new_empty(x.shape), dweight, weight.new_empty(weight.shape[0]), a.new_empty(a.shape)
+
+
+def setup_context(ctx, inputs, output):
+    x, weight, bias, cond, ctx.dilation, _, ctx.version = inputs
+    ctx.given = bias is not None, cond is not None
+    ctx.save_for_backward(output[1], x, weight)
+
+
+def refuse_second_derivative(ctx, *grads):
+    raise NotImplementedError("the fused kernel has no second derivative; set TALKINGFLOW_KERNEL=torch")
+
+
+@functools.cache
 def register_kernel(library):
-    """Gives torch.ops.<library>, built from csrc/, shapes, gradient and autocast; returns a `gated_causal_conv`."""
+    """Gives torch.ops.<library>, built from this folder, shapes, gradient and autocast."""
     ops, name = getattr(torch.ops, library), f"{library}::gated_conv"
 
-    def fake(x, weight, bias, cond, dilation, save, version):
-        B, H, T = x.shape[0], weight.shape[0] // 2, x.shape[2]
-        return x.new_empty(B, H, T), x.new_empty(B if save else 0, 2 * H, T)  # y, pre-activation h
-
-    def fake_backward(dy, h, x, weight, dilation, version):
-        return tuple(
-            v.new_empty(size)
-            for v, size in ((x, x.shape), (weight, weight.shape), (weight, weight.shape[:1]), (h, h.shape))
-        )
-
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, cond, ctx.dilation, _, ctx.version = inputs
-        ctx.given = bias is not None, cond is not None
-        ctx.save_for_backward(output[1], x, weight)
-
-    def backward(ctx, dy, _):  # the gradient of cond is that of h
-        dx, dweight, dbias, dh = ops.gated_conv_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.version)
-        return dx, dweight, dbias if ctx.given[0] else None, dh if ctx.given[1] else None, None, None, None
+    def backward(ctx, dy, _):  # the gradient of cond is that of a
+        dx, dweight, dbias, da = ops.gated_conv_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.version)
+        return dx, dweight, dbias if ctx.given[0] else None, da if ctx.given[1] else None, None, None, None
 
     def autocast(x, weight, bias, cond, *rest):
         device, dtype = x.device.type, torch.get_autocast_dtype(x.device.type)
@@ -48,21 +68,18 @@ def register_kernel(library):
         with torch.autocast(device, enabled=False):
             return ops.gated_conv(*tensors, *rest)
 
-    def refuse(ctx, *grads):
-        raise NotImplementedError("the fused kernel has no second derivative; set TALKINGFLOW_KERNEL=torch")
-
     torch.library.register_fake(name, fake)
     torch.library.register_fake(name + "_backward", fake_backward)
     torch.library.register_autograd(name, backward, setup_context=setup_context)
-    torch.library.register_autograd(name + "_backward", refuse)
+    torch.library.register_autograd(name + "_backward", refuse_second_derivative)
     torch.library.impl(name, ("AutocastCPU", "AutocastCUDA"), autocast)
-    return lambda x, weight, bias, cond, dilation: ops.gated_conv(
-        x, weight, bias, cond, dilation, torch.is_grad_enabled(), KERNEL_VERSION
-    )[0]
+
+
+# ---- Building ----------------------------------------------------------------------------------------------
 
 
 def find_toolkit():
-    """The CUDA toolkit to compile with: CUDA_HOME if it is one, else nvcc's on PATH, a usual place, or pip's wheels."""
+    """The CUDA toolkit to compile with: of CUDA_HOME, of nvcc on PATH, in a usual place, or pip's wheels."""
     major, nvcc = torch.version.cuda.split(".")[0], shutil.which("nvcc")
     places = [
         os.environ.get("CUDA_HOME"),
@@ -74,113 +91,148 @@ def find_toolkit():
         "/usr/local/cuda",
         "/opt/cuda",
     ]
-    for place in map(Path, filter(None, [*places, *(f"{path}/nvidia/cu{major}" for path in sys.path)])):
-        if (place / "bin" / "nvcc").exists() and any(
-            place.glob("lib*/libcudart.so*")
-        ):  # a lone nvcc cannot link
+    places += [f"{path}/nvidia/cu{major}" for path in sys.path]
+    for place in map(Path, filter(None, places)):
+        # nvcc alone (a script that calls another, a lone binary) cannot link: the runtime must be beside it
+        if (place / "bin" / "nvcc").exists() and any(place.glob("lib*/libcudart.so*")):
             return place
     raise RuntimeError("no CUDA toolkit (bin/nvcc and libcudart) found; install one or set CUDA_HOME")
 
 
-def build_kernel():
-    """Compiles csrc/ unless it is in the cache, and loads it. Raises whatever goes wrong."""
-    csrc = Path(__file__).resolve().parent
+def architectures():
+    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the usual ones."""
     gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    arch = (
-        os.environ.get("TORCH_CUDA_ARCH_LIST")
-        or ";".join(f"{a}.{b}" for a, b in gpus)
-        or "7.5;8.0;8.6;9.0+PTX"
-    )
-    text = (
-        "".join((csrc / f"gated_conv.{end}").read_text() for end in ("h", "cpp", "cu"))
-        + arch
-        + torch.version.cuda
-    )
-    cache = (
-        Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-        / "talkingflow"
-    )
-    built = cache / f"gated_conv-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
-    if built.exists():
-        return torch.ops.load_library(built)
+    here = ";".join(f"{a}.{b}" for a, b in gpus)
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or here or "7.5;8.0;8.6;9.0+PTX"
+
+
+def compile_sources(toolkit, arch, built):
+    """Compiles csrc/ into the file `built`, which appears whole or not at all, however many processes do."""
     from torch.utils import cpp_extension
 
-    toolkit = find_toolkit()
-    print(f"kernel: compiling csrc/ with {toolkit} into {built} (once, a minute or two)", file=sys.stderr)
-    cache.mkdir(parents=True, exist_ok=True)
-    flags = [
-        "-O2",
-        "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    ]  # PyTorch's stable ABI as of 2.10
     with (
         tempfile.TemporaryDirectory(
-            dir=cache
-        ) as folder,  # our own: the lock of a killed build cannot hang this one
-        mock.patch.dict(
-            os.environ, TORCH_CUDA_ARCH_LIST=arch
-        ),  # torch fails to choose one where no GPU is visible
+            dir=built.parent
+        ) as folder,  # ours: a killed build's lock cannot hang this one
+        mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=arch),  # torch fails to choose one without a GPU
         mock.patch.object(cpp_extension, "CUDA_HOME", str(toolkit)),
     ):
-        Path(folder, "libcudart.so").symlink_to(
-            next(toolkit.glob("lib*/libcudart.so*"))
-        )  # wheels have only .so.13
-        sources = [str(csrc / "gated_conv.cpp"), str(csrc / "gated_conv.cu")]
+        # Wheels have only libcudart.so.13. "-L." is the build folder: no path, so no spaces to quote.
+        Path(folder, "libcudart.so").symlink_to(next(toolkit.glob("lib*/libcudart.so*")))
         cpp_extension.load(
             "talkingflow",
-            sources,
-            extra_cflags=flags,
+            [str(CSRC / "gated_conv.cpp"), str(CSRC / "gated_conv.cu")],
+            extra_cflags=[
+                "-O2",
+                "-DUSE_CUDA",
+                "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            ],  # stable ABI of 2.10
             extra_cuda_cflags=["-O3"],
-            extra_ldflags=[f"-L{folder}"],
+            extra_ldflags=["-L."],
             build_directory=folder,
             is_python_module=False,
         )
-        os.replace(Path(folder, "talkingflow.so"), built)  # whole or not at all, however many processes build
+        os.replace(Path(folder, "talkingflow.so"), built)
 
 
-def load_kernel():
-    """The fused CUDA operator of csrc/ as a function like `gated_causal_conv_reference`, or None: then that runs.
+def first_error(error):
+    """The line of a failed build's output that says why."""
+    lines = str(error).splitlines() or [repr(error)]
+    return next((line for line in lines if "error:" in line or "fatal" in line), lines[0])
 
-    TALKINGFLOW_KERNEL=auto takes the operator where a GPU is visible, cuda builds it anywhere, torch never. The first
-    call says which, and why, in one line on stderr. Whatever fails is one warning and the PyTorch path.
-    """
-    global _kernel
-    if _kernel is None:
-        choice = os.environ.get("TALKINGFLOW_KERNEL", "auto")
-        if choice not in ("auto", "cuda", "torch"):
-            raise UserError(
-                f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it."
-            )
-        why = (
-            "TALKINGFLOW_KERNEL=torch"
-            if choice == "torch"
-            else "this PyTorch has no CUDA"
-            if torch.version.cuda is None
-            else "no GPU is visible"
-            if choice == "auto" and not torch.cuda.is_available()
-            else ""
-        )
-        _kernel = False
-        try:
-            if not why:
-                build_kernel()
-                _kernel = register_kernel("talkingflow")
-            print(
-                "kernel:",
-                f"PyTorch ({why})" if why else "csrc/gated_conv.cu (fused CUDA operator)",
-                file=sys.stderr,
-            )
-        # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
-        except Exception as error:
-            lines = str(error).splitlines() or [repr(error)]
-            reason = next((line for line in lines if "error:" in line or "fatal" in line), lines[0])
-            warnings.warn(
-                f"kernel: PyTorch, because csrc/ could not be built or loaded: {reason[:300]}", stacklevel=2
-            )
-    return _kernel or None
+
+def build_kernel():
+    """Loads csrc/ as compiled before, or compiles it. Raises what goes wrong and remembers a failed build."""
+    arch = architectures()
+    text = "".join((CSRC / name).read_text() for name in SOURCES) + arch + torch.version.cuda
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    built = cache / "talkingflow" / f"gated_conv-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
+    if built.exists():
+        return torch.ops.load_library(built)
+    toolkit, failed = find_toolkit(), built.with_suffix(".failed")
+    tools = f"{torch.__version__}, {toolkit}, {shutil.which(os.environ.get('CXX', 'c++'))}"
+    again = f"(remembered: to try again, delete {failed})"
+    if failed.exists() and failed.read_text().startswith(tools + "\n"):
+        raise RuntimeError(f"{failed.read_text().splitlines()[1]} {again}")
+    print(f"kernel: compiling csrc/ with {toolkit} into {built} (once, a minute or two)", file=sys.stderr)
+    built.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        compile_sources(toolkit, arch, built)
+    except Exception as error:
+        if "Error building extension" not in str(error):
+            raise  # nothing was compiled: quickly found out again
+        reason = first_error(error)[:300]
+        failed.write_text(f"{tools}\n{reason}\n")
+        raise RuntimeError(f"{reason} {again}") from error
+
+
+# ---- Choosing ----------------------------------------------------------------------------------------------
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once, while it traces
-def kernel_runs():
+def kernel_choice():
+    """TALKINGFLOW_KERNEL: auto takes the operator where it is faster, cuda where it can run, torch never."""
+    choice = os.environ.get("TALKINGFLOW_KERNEL", "auto")
+    if choice not in ("auto", "cuda", "torch"):
+        raise UserError(f"TALKINGFLOW_KERNEL: {choice} vs auto, cuda or torch. Set one of these or unset it.")
+    return choice
+
+
+def why_not():
+    """Why PyTorch runs everything, in a few words; empty where the fused operator is worth building."""
+    choice = kernel_choice()
+    if choice == "torch":
+        return "TALKINGFLOW_KERNEL=torch"
+    if torch.version.cuda is None:
+        return "this PyTorch has no CUDA"
+    if choice == "cuda":
+        return ""
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    gpus = range(torch.cuda.device_count())
+    able = any(torch.cuda.get_device_capability(gpu) >= min(FASTER.values()) for gpu in gpus)
+    return "" if able else "no GPU of compute capability 8.0 or later"
+
+
+@functools.cache
+def load_kernel():
+    """The fused operator of csrc/ as a function like `gated_causal_conv_reference`, or None: then that runs.
+
+    The first call says which, and why, in one line on stderr. Whatever fails is one warning, and PyTorch.
+    """
+    if why := why_not():
+        print(f"kernel: PyTorch ({why})", file=sys.stderr)
+        return None
+    try:
+        build_kernel()
+        register_kernel("talkingflow")
+    except (
+        Exception
+    ) as error:  # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
+        message = f"kernel: PyTorch, because csrc/ could not be built or loaded: {first_error(error)}"
+        warnings.warn(message, stacklevel=2)
+        return None
+    where = "" if kernel_choice() == "cuda" else " in float16 and bfloat16, else PyTorch"
+    print(f"kernel: csrc/gated_conv.cu (fused CUDA operator){where}", file=sys.stderr)
+    return fused_gated_conv
+
+
+@torch.compiler.assume_constant_result
+def kernel_loaded():
     """Whether `load_kernel` found the fused operator."""
     return load_kernel() is not None
+
+
+def kernel_runs(x):
+    """Whether `fused_gated_conv` shall compute this layer: where it is faster, or wherever it is wanted."""
+    choice = kernel_choice()
+    if choice == "torch":
+        return False
+    if choice == "auto":
+        if torch.compiler.is_compiling():
+            return False  # the compiled definition is as fast or faster
+        on = x.device.type
+        dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+        if dtype not in FASTER or torch.cuda.get_device_capability(x.device) < FASTER[dtype]:
+            return False
+    return kernel_loaded()

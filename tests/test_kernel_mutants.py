@@ -1,8 +1,9 @@
-"""Would the checks notice? Each mutant is csrc/gated_conv.cu with one planted fault; the check beside it must fail.
+"""Would the checks notice? Each mutant is csrc/gated_conv.cu with one planted fault; its check must fail.
 
-The checks are runs of kernel_driver.cpp: `run` compares with plain loops in four thread orders, under AddressSanitizer
-and the alignment check of UndefinedBehaviorSanitizer; `tsan` looks for races only; `big` runs the last block of tensors
-beyond 2^31 elements. The table of what was found is printed: python -m pytest -s tests/test_kernel_mutants.py
+The checks are runs of kernel_driver.cpp, of the version that the fault's name begins with: `run` compares
+with plain loops under AddressSanitizer and UndefinedBehaviorSanitizer's alignment check; `tsan` looks for
+races only; `big` runs the last block of tensors beyond 2^31 elements. The table of what was found is printed:
+python -m pytest -s tests/test_kernel_mutants.py
 """
 
 import concurrent.futures
@@ -15,91 +16,220 @@ from test_kernel import CSRC, NO_GXX, compile_driver, run_driver
 
 FLAGS = {
     "run": ["-O0", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"],
-    "tsan": ["-O0", "-fsanitize=thread"],
+    "tsan": ["-O1", "-fsanitize=thread"],
     "big": [],
 }
 TILE_READY = "__syncthreads();  // the tile is complete before anyone reads it"
 TILE_USED = "__syncthreads();  // everyone has read it before it is overwritten"
-V3_END = """    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int r"""
+ARRIVED = "__syncthreads();    // now everyone's has, and everyone is done with the stage before"
+NEXT = "if (chunk + 1 < chunks) load_stage(chunk + 1);"
+WAIT = "wait_for_copies();\n __syncthreads();\n if (chunk + 1 < "
 
 MUTANTS = [  # what is planted, which check must find it, text, replacement
-    ("v2: no barrier between load and use", "tsan", TILE_READY, ""),
-    ("v2: no barrier between use and the next load", "tsan", TILE_USED, ""),
-    ("dw: no barrier between load and use", "tsan",
-     "        __syncthreads();\n#pragma unroll\n        for (int j = 0; j < DW_DEPTH",
-     "#pragma unroll\n        for (int j = 0; j < DW_DEPTH"),
-    ("dw: no barrier between use and the next load", "tsan",
-     "        __syncthreads();\n    }\n#pragma unroll\n    for (int r = 0; r < 8",
-     "    }\n#pragma unroll\n    for (int r = 0; r < 8"),
-    ("dbias: no barrier before the last sum", "tsan",
-     "    __syncthreads();\n    if (threadIdx.x == 0)", "    if (threadIdx.x == 0)"),
-    ("dw: all splits write one place", "tsan",
-     "(((long long)blockIdx.y * n.K + tile.k) * 2", "(((long long)0 * n.K + tile.k) * 2"),
-    ("v2, v3: a block of times writes into the next", "tsan",
-     "if (t >= n.T) return;\n    if (FORWARD)", "if (t > n.T) return;\n    if (FORWARD)"),
-    ("v2: a barrier only half a warp reaches", "run", TILE_READY, "if (lane < 16) __syncthreads();"),
-    ("v2: threads return before a barrier", "run", TILE_READY, "if (lane < 16) return;\n" + TILE_READY),
-    ("v2: more shared memory than a block has", "run", "shared_v2(n, sizeof(Sum<T>)), stream", "50000, stream"),
-    ("v2: more rows of blocks than a grid has", "run",
-     "(unsigned)ceil_div(n.H, HALF));", "(unsigned)ceil_div(n.H, HALF) + 65535);"),
-    ("gate: more threads than a block has", "run",
-     "ceil_div(plane, 256))), dim3(256)", "ceil_div(plane, 256))), dim3(2048)"),
-    ("v2: two different barriers", "run", TILE_READY, "if (warp) {\n__syncthreads();\n} else {\n__syncthreads();\n}"),
-    ("dbias: a shuffle without all lanes", "run",
-     "    for (int distance = 16;", "    if (lane < 16) for (int distance = 16;"),
-    ("dbias: shuffles fold half a warp", "run", "distance = 16;", "distance = 8;"),
-    ("v1: future and past exchanged", "run",
-     "const int from = t - (n.K - 1 - k) * n.dilation;", "const int from = t - k * n.dilation;"),
-    ("v1: reads before the first frame", "run", "from >= 0 ? load(x[", "from >= -1 ? load(x["),
-    ("v2: halo one tap too long", "run", "(FORWARD ? (n.K - 1) * n.dilation : 0)", "(FORWARD ? n.K * n.dilation : 0)"),
-    ("v2: taps more than a tile apart share columns", "run",
-     "return n.dilation < TIMES ? n.dilation : TIMES;", "return n.dilation;"),
-    ("v2: dx with unflipped taps", "run", "(FORWARD ? k : n.K - 1 - k) * DEPTH", "k * DEPTH"),
-    ("v2: frames before 0 read as they lie", "run", "d0 + i < depth && t >= 0 && t < n.T", "d0 + i < depth && t < n.T"),
-    ("v2: frames after the last read as they lie", "run",
-     "d0 + i < depth && t >= 0 && t < n.T", "d0 + i < depth && t >= 0"),
-    ("v2: dropped tail of the input channels", "run",
-     "for (int d0 = 0; d0 < depth; d0", "for (int d0 = 0; d0 + DEPTH <= depth; d0"),
-    ("v2: no end of the input channels", "run",
-     "const bool inside = d0 + i < depth && t >= 0", "const bool inside = t >= 0"),
-    ("v2: weights outside are left unset", "run",
-     "STRIDE + r] = inside ? load(taps[k]) : A(0);", "STRIDE + r] = inside ? load(taps[k]) : ws[0];"),
-    ("v2, v3: no channel guard at the store", "run", "if (low < 0) return;", ""),
-    ("v2: gates taken from the values' rows", "run",
-     "high(FORWARD ? n.H + low : low + HALF)", "high(FORWARD ? low : low + HALF)"),
-    ("v2, v3: conditioning ignored", "run", "    if (cond) sum += load", "    if (false) sum += load"),
-    ("v2: slices of x read as contiguous", "run",
-     "(FORWARD ? n.x_batch : 2LL * n.H * n.T)", "(FORWARD ? (long long)n.C * n.T : 2LL * n.H * n.T)"),
-    ("v2: 16-byte reads off 16-byte addresses", "run", "STRIDE = ROWS + 4;", "STRIDE = ROWS + 3;"),
-    ("v2: shared memory too small", "run",
-     "DEPTH * tile_columns(n)) * element", "DEPTH * tile_columns(n) - 8) * element"),
-    ("gate: derivative of tanh without the square", "run", "(1 - p * p)", "(1 - p)"),
-    ("dw: the last chunk of a split is lost", "run",
-     "q < chunks * (blockIdx.y + 1) / splits;", "q < chunks * (blockIdx.y + 1) / splits - 1;"),
-    ("dw: frames after the last read as they lie", "run",
-     "ci < n.C && t < n.T && t >= shift", "ci < n.C && t >= shift"),
-    ("dw: partial sums in another order of axes", "run", "i % plane * n.K + i / plane", "i"),
-    ("v3: no barrier between load and use", "tsan",
-     "        __syncthreads();\n        for (int k = 0;", "        for (int k = 0;"),
-    ("v3: no barrier between use and the next load", "tsan",
-     "        __syncthreads();\n" + V3_END, V3_END),
-    ("v3: rows off 16-byte boundaries", "run", "STRIDE3 = DEPTH3 + 8;", "STRIDE3 = DEPTH3 + 2;"),
-    ("v3: halves of B exchanged", "run",
-     "lane % 8 + lane / 16 * 8) * STRIDE3 + depth + lane / 8 % 2 * 8",
-     "lane % 8 + lane / 8 % 2 * 8) * STRIDE3 + depth + lane / 16 * 8"),
-    ("v3: the second of a pair of channels unguarded", "run", "inside && d0 + i + 1 < depth", "inside"),
-    ("v3: dw, frames after the last read as they lie", "run", "o < 2 * n.H && t < n.T ? dh[", "o < 2 * n.H ? dh["),
-    ("v1: 32-bit index of an output", "big",
-     "    const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;\n    if (i >= (long long)n.B * n.H",
-     "    const int i = blockIdx.x * blockDim.x + threadIdx.x;\n    if (i >= (long long)n.B * n.H"),
-    ("v2: 32-bit index of an input", "big",
-     "load(in_b[(long long)(d0 + i) * n.T + t])", "load(in_b[(int)((unsigned)(d0 + i) * n.T + t)])"),
-]  # fmt: skip
+    (
+        "1: future and past exchanged",
+        "run",
+        "x + (row - shift_of(n, k)) * n.x_row;",
+        "x + (row - (t < k * n.dilation ? t : k * n.dilation)) * n.x_row;",
+    ),
+    ("1: reads before the first frame", "run", "if (t < shift_of(n, k)) continue;", ""),
+    (
+        "1: slices of x read as contiguous",
+        "run",
+        "x + (row - shift_of(n, k)) * n.x_row;",
+        "x + (row - shift_of(n, k)) * n.C;",
+    ),
+    ("1: slices of cond read as contiguous", "run", "cond[row * n.cond_row + o]", "cond[row * 2 * n.H + o]"),
+    ("1: dx looks past the item's end", "run", "if (t + shift_of(n, k) >= n.T) continue;", ""),
+    ("1: gate, derivative of tanh without the square", "run", "(1 - p * p)", "(1 - p)"),
+    (
+        "1: gate, a run of frames is counted twice",
+        "run",
+        "blockDim.y * GATE_RUN + threadIdx.y;",
+        "blockDim.y * (GATE_RUN - 1) + threadIdx.y;",
+    ),
+    ("1: gate, 16-byte reads of any H", "run", "return n.H % wide == 0;", "return true;"),
+    (
+        "1: gate, no barrier before the block's sum",
+        "tsan",
+        "__syncthreads();\n    for (int j = threadIdx.y * blockDim.x",
+        "for (int j = threadIdx.y * blockDim.x",
+    ),
+    ("1: gate, more threads than a block has", "run", "GATE_THREADS = 256", "GATE_THREADS = 2048"),
+    (
+        "1: parts, no barrier before the last sum",
+        "tsan",
+        "__syncthreads();\n    if (threadIdx.y > 0",
+        "if (threadIdx.y > 0",
+    ),
+    ("1: parts, the last eight are lost", "run", "part < count; part += 8", "part < count - 8; part += 8"),
+    (
+        "1: 32-bit index of an output",
+        "big",
+        "const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;",
+        "const int i = blockIdx.x * blockDim.x + threadIdx.x;",
+    ),
+    ("2: no barrier between load and use", "tsan", TILE_READY, ""),
+    ("2: no barrier between use and the next load", "tsan", TILE_USED, ""),
+    ("2: a barrier only half a warp reaches", "run", TILE_READY, "if (tid % 32 < 16) __syncthreads();"),
+    ("2: threads return before a barrier", "run", TILE_READY, "if (tid % 32 < 16) return;\n" + TILE_READY),
+    (
+        "2: two different barriers",
+        "run",
+        TILE_READY,
+        "if (frame) {\n__syncthreads();\n} else {\n__syncthreads();\n}",
+    ),
+    ("2: more shared memory than a block has", "run", "shared_v2(n, element), stream", "200000, stream"),
+    (
+        "2: shared memory too small",
+        "run",
+        "tile_rows<SIDE>(n)) * STRIDE2 * element",
+        "tile_rows<SIDE>(n) - 1) * STRIDE2 * element",
+    ),
+    (
+        "2: more rows of blocks than a grid has",
+        "run",
+        "(unsigned)ceil_div(n.H, SIDE));",
+        "(unsigned)ceil_div(n.H, SIDE) + 65535);",
+    ),
+    (
+        "2: halo one tap too long",
+        "run",
+        "(n.dilation - TIMES) - (n.K - 1) * n.dilation",
+        "(n.dilation - TIMES) - n.K * n.dilation",
+    ),
+    (
+        "2: taps more than a tile apart share rows",
+        "run",
+        "return n.dilation < TIMES ? n.dilation : TIMES;",
+        "return 1;",
+    ),
+    ("2: dx with unflipped taps", "run", "gs[(frame + (n.K - 1 - k) * step)", "gs[(frame + k * step)"),
+    (
+        "2: frames before 0 read as they lie",
+        "run",
+        "d0 + i < n.C && t >= 0 && t < n.T",
+        "d0 + i < n.C && t < n.T",
+    ),
+    ("2: no end of the input channels", "run", "d0 + i < n.C && t >= 0 && t < n.T", "t >= 0 && t < n.T"),
+    (
+        "2: dropped tail of the input channels",
+        "run",
+        "d0 < n.C; d0 += DEPTH2",
+        "d0 + DEPTH2 <= n.C; d0 += DEPTH2",
+    ),
+    (
+        "2: a block of frames writes into the next item",
+        "tsan",
+        "if (c >= n.H || t >= n.T) return;",
+        "if (c >= n.H || t > n.T) return;",
+    ),
+    (
+        "2: dw forgets where an item begins",
+        "run",
+        "row < rows && (int)(row % n.T) >= shift",
+        "row < rows && row >= shift",
+    ),
+    (
+        "3: no barrier between load and use",
+        "tsan",
+        "__syncthreads();\n        for (int k = 0; k < n.K; ++k)\n            multiply_add(sum, ws",
+        "for (int k = 0; k < n.K; ++k)\n            multiply_add(sum, ws",
+    ),
+    (
+        "3: no barrier between use and the next load",
+        "tsan",
+        "xs + k * step + tt, stride);\n        __syncthreads();",
+        "xs + k * step + tt, stride);",
+    ),
+    ("3: 16-byte reads off 16-byte addresses", "run", "STRIDE = ROWS + 4;", "STRIDE = ROWS + 3;"),
+    (
+        "3: weights outside are no numbers",
+        "run",
+        "STRIDE + r] = inside ? load(w[(o * n.K + k) * n.C + d0 + i]) : A(0);",
+        "STRIDE + r] = inside ? load(w[(o * n.K + k) * n.C + d0 + i]) : A(NAN);",
+    ),
+    ("3: gates taken from the values' rows", "run", "c + r / HALF * n.H", "c"),
+    (
+        "3: dw, all splits write one place",
+        "tsan",
+        "(((long long)blockIdx.y * 2 * n.H + o) * n.K + k)",
+        "(((long long)0 * 2 * n.H + o) * n.K + k)",
+    ),
+    (
+        "3: dw, the last chunk of a split is lost",
+        "run",
+        "q < chunks * (blockIdx.y + 1) / splits;",
+        "q < chunks * (blockIdx.y + 1) / splits - 1;",
+    ),
+    (
+        "3: 32-bit index of an input",
+        "big",
+        "xs[i * stride + r] = inside ? load(x[(b * n.T + t) * n.x_row + d0 + i])",
+        "xs[i * stride + r] = inside ? load(x[(int)((unsigned)((b * n.T + t) * n.x_row) + d0 + i)])",
+    ),
+    ("4: multiplied before the copies are waited for", "run", "wait_for_copies();  // this thread's", "//"),
+    (
+        "4: dx, not waited for",
+        "run",
+        WAIT + "chunks) load_stage(chunk + 1);\n const T* const gs",
+        "__syncthreads();\n if (chunk + 1 < chunks) load_stage(chunk + 1);\n const T* const gs",
+    ),
+    ("4: dw, not waited for", "run", WAIT + "end)", "__syncthreads();\n if (chunk + 1 < end)"),
+    ("4: waited for, but no barrier", "tsan", ARRIVED, ""),
+    ("4: dw, no barrier", "tsan", WAIT + "end)", "wait_for_copies();\n if (chunk + 1 < end)"),
+    ("4: a stage is overwritten early", "tsan", ARRIVED + "\n" + NEXT, NEXT + "\n__syncthreads();"),
+    (
+        "4: both stages in one place",
+        "run",
+        "T* const xs = stages + chunk % 2 * stage_size;\n T* const ws",
+        "T* const xs = stages + chunk % 1 * stage_size;\n T* const ws",
+    ),
+    ("4: a halo row short", "run", "rows = 16 * M + halo;", "rows = 16 * M + halo - (halo > 0);"),
+    (
+        "4: pieces copied in order, read swizzled",
+        "run",
+        "copy_piece(xs + swizzle32(r, piece)",
+        "copy_piece(xs + r * 32 + piece * 8",
+    ),
+    ("4: dx, weights not transposed", "run", "ldmatrix<true>(channels", "ldmatrix<false>(channels"),
+    ("4: dw, frames not transposed", "run", "ldmatrix<true>(g[m]", "ldmatrix<false>(g[m]"),
+    (
+        "4: dw, the blocks of A exchanged",
+        "run",
+        "gs + swizzle64(t + lane % 8 + lane / 16 * 8",
+        "gs + swizzle64(t + lane % 16",
+    ),
+    ("4: w's rows in their own order", "run", "channel_of(r % 32)", "r % 32"),
+    ("4: gates taken from the values' rows", "run", "c + r / 32 % 2 * n.H", "c"),
+    (
+        "4: frames before 0 read as they lie",
+        "run",
+        "inside = t >= 0 && t < n.T && d0 < n.C",
+        "inside = t < n.T && d0 < n.C",
+    ),
+    ("4: a slot after the last tile is computed", "run", "t0 = b < n.B ? ", "t0 = true ? "),
+    ("4: no end of the input channels", "run", "inside ? n.C - d0 : 0, unit_x", "inside ? 8 : 0, unit_x"),
+    ("4: copies wider than rows are aligned", "run", "if (unit == 16) return", "if (unit >= 4) return"),
+    (
+        "4: odd rows of x half copied",
+        "run",
+        "if (here) to[j] = from[j];",
+        "if (here && j % 2 == 0) to[j] = from[j];",
+    ),
+    ("4: 16-byte stores of any H", "run", "const bool wide = n.H % 8 == 0 &&", "const bool wide = true ||"),
+    ("4: dx, pairs stored off their alignment", "run", "if (n.C % 2 == 0) *", "if (true) *"),
+    (
+        "4: dx looks back",
+        "run",
+        "gs + swizzle32(slot * rows + shift_of(n, k)",
+        "gs + swizzle32(slot * rows + k * n.dilation",
+    ),
+    ("4: dw, all taps the same", "run", "t + tap * n.dilation + lane % 16", "t + lane % 16"),
+    ("4: dw, the halo of x left out", "run", "p < rows * 8; p += THREADS", "p < DW_TIMES * 8; p += THREADS"),
+    ("4: shared memory too small", "run", "2LL * n.K * PAIRS4);", "2LL * n.K * PAIRS4 - 8);"),
+    ("4: 32-bit index of an input", "big", "x + row * n.x_row + d0", "x + (int)(row * n.x_row + d0)"),
+]
 
 
 def try_mutant(mutant):
@@ -110,9 +240,11 @@ def try_mutant(mutant):
     assert place.search(source), f"the text to mutate is gone: {old}"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "gated_conv.cu").write_text(place.sub(lambda _: "\n" + new, source, count=1))
-        program = compile_driver(Path(folder), source=folder, flags=FLAGS[check], version_3="v3" in name)
-        args, order = (["big"] if check == "big" else []), ("ascending" if check == "tsan" else None)
-        code, output = run_driver(program, *args, tsan=check == "tsan", order=order)
+        program = compile_driver(
+            Path(folder), source=folder, flags=FLAGS[check], versions=4 if name[0] == "4" else 3
+        )
+        what = "big" if check == "big" else name[0]
+        code, output = run_driver(program, what, tsan=check == "tsan", order="ascending")
     if code == 0:
         return None
     patterns = (
@@ -142,4 +274,4 @@ def print_table(results):
 def test_every_planted_fault_is_found():
     results = run_all()
     print_table(results)
-    assert len(results) >= 15 and not [m[0] for m, found in results if not found]
+    assert len(results) >= 60 and not [m[0] for m, found in results if not found]
