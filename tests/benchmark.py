@@ -1,69 +1,66 @@
-"""How fast are the kernels? On a GPU: every version against eager and compiled PyTorch, with GB/s and FLOP/s beside
-the roofline. Without one: what the compiler says (registers, spills, shared memory, occupancy, instructions).
+"""How fast is it? On a GPU: the layer, a training step, sampling and streaming, as PyTorch runs them and by
+every rung of csrc/, timed by replaying CUDA graphs, so that launches do not count. Without a GPU: what the
+compiler says of the kernels (registers, spills, instructions). Prints Markdown tables to paste.
 
-    python tests/benchmark.py [--dtype float32|bfloat16] [--arch 80,90]
+    python tests/benchmark.py [--arch 80,90]
 """
 
 import argparse
 import collections
+import functools
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import talkingflow
-from csrc import gated_conv
-from csrc.gated_conv import load_kernel
+from csrc.gated_conv import fused_gated_conv, load_kernel
 
-#          name               B    C_in  H    T    K  d
-SHAPES = [
-    ("demo layer", 32, 64, 64, 64, 2, 4),
-    ("paper, first layer", 128, 68, 256, 64, 3, 1),
-    ("paper layer", 128, 256, 256, 64, 3, 4),
-]
-SHAPES += [("long clips", 128, 128, 128, 256, 3, 8), ("one live frame", 1, 256, 256, 17, 3, 8)]
-# Peak TFLOP/s of float32 and of dense 16-bit tensor cores, and TB/s: NVIDIA's data sheets, SXM.
-GPUS = {"V100": (15.7, 125, 0.9), "A100": (19.5, 312, 2.04), "H100": (66.9, 989, 3.35)}
-# threads, blocks and KB of shared memory an SM holds (CUDA programming guide, table of compute capabilities)
-SM = {
-    "75": (1024, 16, 64),
-    "80": (2048, 32, 164),
-    "86": (1536, 16, 100),
-    "89": (1536, 24, 100),
-    "90": (2048, 32, 228),
+SHAPES = {  # name: B, T, C, H, K, dilation
+    "paper": (128, 80, 256, 256, 3, 4),
+    "paper, first layer": (128, 80, 68, 256, 3, 1),
+    "long clips": (128, 256, 128, 128, 3, 8),
+    "demo": (8, 74, 64, 64, 2, 4),
+    "one streamed frame": (1, 17, 256, 256, 3, 8),
 }
-SM |= {"100": (2048, 32, 228), "120": (1536, 24, 100)}
+# TFLOP/s of float32 products (TF32 where it exists), of 16-bit ones, TB/s: data sheets, SXM, dense.
+GPUS = {"V100": (15.7, 125, 0.9), "A100": (156, 312, 2.04), "H100": (495, 989, 3.35), "H200": (495, 989, 4.8)}
 
 
-def work(B, C, H, T, K, size):
-    """(forward FLOP, bytes that must cross DRAM): x, weight, bias, cond read; y and the pre-activation written."""
-    return 4 * B * H * T * C * K, size * (B * C * T + 2 * H * C * K + 2 * H + B * T * (2 * H + H + 2 * H))
+# ---- The roofline, and what the compiler says: no GPU needed
+
+
+def work(B, T, C, H, K, size):
+    """(forward FLOP, bytes that must cross DRAM): x, weight, bias, cond read; y, pre-activation written."""
+    return 4 * B * T * H * C * K, size * (B * T * C + 2 * H * K * C + 2 * H + B * T * 5 * H)
+
+
+def floor_us(shape, dtype, peaks):
+    """The least microseconds of a forward layer on a GPU of these peaks."""
+    size = torch.finfo(dtype).bits // 8
+    flop, traffic = work(*shape[:5], size)
+    return max(flop / peaks[size == 2] / 1e6, traffic / peaks[2] / 1e6)
 
 
 def roofline_table():
-    print("Roofline of one forward layer (a model: data-sheet peaks, every byte once)\n")
-    print(
-        f"{'layer':20} {'GFLOP':>6} {'MB':>6} {'FLOP/B':>6}  "
-        + "  ".join(f"{g + ' fp32 / 16-bit':>18}" for g in GPUS)
-        + "  us"
-    )
-    for name, B, C, H, T, K, _ in SHAPES:
-        flop, size4 = work(B, C, H, T, K, 4)
-        size2 = work(B, C, H, T, K, 2)[1]
-        times = [
-            f"{max(flop / f32 / 1e6, size4 / tb / 1e6):8.1f} / {max(flop / f16 / 1e6, size2 / tb / 1e6):7.1f}"
-            for f32, f16, tb in GPUS.values()
-        ]
-        print(
-            f"{name:20} {flop / 1e9:6.2f} {size4 / 1e6:6.1f} {flop / size4:6.0f}  "
-            + "  ".join(f"{t:>18}" for t in times)
+    print("Floors of one forward layer, us (data-sheet peaks, every byte once): float32 / 16-bit\n")
+    print(f"| layer | GFLOP | MB 16-bit | {' | '.join(GPUS)} |\n|---|---|---|{'---|' * len(GPUS)}")
+    for name, shape in SHAPES.items():
+        flop, size = work(*shape[:5], 2)
+        floors = (
+            f"{floor_us(shape, torch.float32, g):.1f} / {floor_us(shape, torch.bfloat16, g):.1f}"
+            for g in GPUS.values()
         )
+        print(f"| {name} | {flop / 1e9:.2f} | {size / 1e6:.1f} | {' | '.join(floors)} |")
 
 
 def find_tool(name):
@@ -73,165 +70,238 @@ def find_tool(name):
 
 def instructions(cubin, disassembler):
     """{kernel: Counter of SASS opcodes}."""
-    text = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=False).stdout
+    command = [disassembler, "-c", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     mixes, kernel = {}, None
     for line in text.splitlines():
+        opcode = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line)
         if found := re.match(r"\s*\.text\.(\w+):", line):
             kernel = mixes.setdefault(found[1], collections.Counter())
-        elif kernel is not None and (
-            found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line)
-        ):
-            kernel[found[1]] += 1
+        elif kernel is not None and opcode:
+            kernel[opcode[1]] += 1
     return mixes
 
 
-def static_table(arch, dtype):
-    """What nvcc makes of the kernels of one dtype: one row a kernel."""
+def compile_report(arch):
+    """[(kernel, template arguments, registers, stack, spills, instructions)] of csrc/ for one arch."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    letter = {"float32": "f", "bfloat16": "13__nv_bfloat16"}[dtype]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "k.cubin"
-        command = [
-            nvcc,
-            "-O3",
-            "-std=c++17",
-            f"-arch=sm_{arch}",
-            "-cubin",
-            "-Xptxas",
-            "-v",
-            "-o",
-            cubin,
-            ROOT / "csrc" / "gated_conv.cu",
-        ]
-        try:
-            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        except (OSError, subprocess.CalledProcessError) as error:
-            return print(f"\nsm_{arch}: no static table: {getattr(error, 'stderr', None) or error}")
+        options = ["-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", cubin]
+        command = [nvcc, *options, ROOT / "csrc" / "gated_conv.cu"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         disassembler = find_tool("nvdisasm")
         mixes = instructions(cubin, disassembler) if disassembler else {}
-    print(
-        f"\nStatic, {dtype} on sm_{arch} (K = 3, d = 4); warps: of those an SM can hold"
-        + ("" if mixes else "; no nvdisasm: no instructions")
-    )
-    print(
-        f"{'kernel':20} {'registers':>9} {'stack':>5} {'spills':>6} {'shared':>6} {'warps':>5}  instructions"
-    )
+    rows = []
     for block in report.split("Compiling entry function '")[1:]:
         mangled = block.split("'")[0]
-        length, rest = re.match(
-            r"_Z(\d+)(\w+)", mangled
-        ).groups()  # C++ names: length, name, I template arguments E
-        name, arguments = rest[: int(length)], rest[int(length) :]
-        if not arguments.startswith(f"I{letter}") and not (name.endswith("v3") and dtype == "bfloat16"):
-            continue
-        if part := re.search(r"Lb([01])E", arguments):
-            name += (" dx", " forward")[int(part[1])]
+        length, rest = re.match(r"_Z(\d+)(\w+)", mangled).groups()  # C++: length, name, I arguments E
+        name, arguments = rest[: int(length)], rest[int(length) :].split("EEv")[0]
         stack, spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill", block).groups()
         registers = int(re.search(r"Used (\d+) registers", block)[1])
-        threads = 256 if name == "gate_backward" else 128
-        shared = {
-            "conv_v2": 4 * (3 * 8 * 68 + 8 * 72),
-            "dw_v2": 4 * 2 * 16 * 68,
-            "dbias_v2": 16,
-            "conv_v3": 80 * (3 * 64 + 72),
-            "dw_v3": 80 * 128,
-        }.get(name.split()[0], 0)
-        most, blocks, kilobytes = SM.get(arch, SM["80"])
-        per_warp = (
-            -(-registers * 32 // 256) * 256
-        )  # registers come in units of 256 a warp; CUDA keeps 1 KB a block
-        resident = min(
-            65536 // (per_warp * threads // 32), most // threads, blocks, kilobytes * 1024 // (shared + 1024)
-        )
-        top = ", ".join(f"{n} {op}" for op, n in mixes.get(mangled, {}).most_common(6)) if mixes else ""
-        print(
-            f"{name:20} {registers:9} {stack:>5} {spill:>6} {shared:6} {resident * threads / most:5.0%}  {top}"
-        )
+        rows.append((name, arguments, registers, int(stack), int(spill), mixes.get(mangled, {})))
+    return rows
 
 
-def time_ms(function, flush, repeats=30):
-    """Median milliseconds between two events on the stream, the L2 cache emptied before each run."""
+def static_table(arch):
+    """One row a kernel, of float32 and bfloat16."""
+    try:
+        rows = compile_report(arch)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return print(f"\nsm_{arch}: no static table: {getattr(error, 'stderr', None) or error}")
+    print(f"\nsm_{arch}\n\n| kernel | of | registers | stack | spilled | instructions |")
+    print("|---|---|---|---|---|---|")
+    for name, arguments, registers, stack, spill, mix in sorted(rows, key=lambda row: row[:2]):
+        kind = {"If": "float32", "I1": "bfloat16"}.get(arguments[:2])
+        if kind is None:
+            continue
+        numbers = "".join(f" {v}" for v in re.findall(r"Li(\d+)", arguments))
+        top = ", ".join(f"{n} {op}" for op, n in mix.most_common(5)) if mix else "-"
+        print(f"| {name}{numbers} | {kind} | {registers} | {stack} | {spill} | {top} |")
+
+
+# ---- Clocks: microseconds of one call
+
+
+def replay_us(function, calls=10, repeats=15):
+    """Median over replays of a CUDA graph of `calls` calls: what the GPU takes, without launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()  # sets up what must not be captured: compilers, workspaces
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return launched_us(graph.replay, repeats) / calls
+
+
+def launched_us(function, repeats=15):
+    """Median between two events around one call: launches count where they are slower than the work."""
     times = []
-    for i in range(repeats + 5):
-        flush.zero_()
+    for _ in range(repeats + 3):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         stop.record()
         stop.synchronize()
-        if i >= 5:
-            times.append(start.elapsed_time(stop))
-    return sorted(times)[repeats // 2]
+        times.append(start.elapsed_time(stop) * 1e3)
+    return sorted(times[3:])[repeats // 2]
 
 
-def measure(function, tensors, dilation, flush):
-    """Milliseconds of forward, and of forward and backward."""
-
-    def forward():
-        return function(*tensors, dilation)
-
-    def both():
-        torch.autograd.grad(forward().sum(), tensors)
-
-    both()  # compiles, where something is to be compiled
-    return time_ms(forward, flush), time_ms(both, flush)
+# ---- The layer
 
 
-def time_on_gpu(dtype):
-    properties = torch.cuda.get_device_properties(0)
-    print(
-        f"\n{properties.name}, {properties.multi_processor_count} SMs, torch {torch.__version__}, {dtype};"
-        " median of 30, cold L2"
-    )
-    tf32 = torch.backends.cudnn.allow_tf32
-    print(
-        f"cudnn.allow_tf32 is {tf32}: eager float32 convolutions "
-        + ("round to TF32 and use tensor cores" if tf32 else "use no tensor cores")
-    )
-    kernel = load_kernel()
-    compiled = torch.compile(talkingflow.gated_causal_conv_reference)
-    flush = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
-    for name, B, C, H, T, K, d in SHAPES:
-        shapes = ((B, C, T), 1), ((2 * H, C, K), (C * K) ** -0.5), ((2 * H,), 1), ((B, 2 * H, T), 1)
-        tensors = [
-            (torch.randn(s, device="cuda") * scale).to(getattr(torch, dtype)).requires_grad_()
-            for s, scale in shapes
+def conv1d_form(x, weight, bias, cond, dilation):
+    """The operator as it used to be, (B, C, T): what cuDNN's convolution makes of it."""
+    a = F.conv1d(F.pad(x, ((weight.shape[2] - 1) * dilation, 0)), weight, bias, dilation=dilation) + cond
+    tanh, gate = a.chunk(2, 1)
+    return torch.tanh(tanh) * torch.sigmoid(gate)
+
+
+def candidates(dtype, fused):
+    """{name: (function, whether it wants (B, C, T))}. fused(version): that rung, or None."""
+    product = talkingflow.gated_causal_conv_reference
+    found = {"eager, conv1d": (conv1d_form, True), "eager, one product": (product, False)}
+    if torch.cuda.is_available():
+        found["compiled, conv1d"] = (torch.compile(conv1d_form), True)
+        found["compiled, one product"] = (torch.compile(product), False)
+    rungs = {1: "naive", 2: "tile", 3: "registers"} | ({4: "tensor cores"} if dtype.itemsize == 2 else {})
+    return found | {f"{v} {name}": (fused(v), False) for v, name in rungs.items() if fused}
+
+
+def layer_inputs(shape, dtype, device, channels_first):
+    """x, weight, bias, cond as leaves, in the form's own layout."""
+    B, T, C, H, K, _ = shape
+    made = [torch.randn(size) for size in ((B, T, C), (2 * H, K, C), (2 * H,), (B, T, 2 * H))]
+    made[1] = (made[1] * (C * K) ** -0.5).transpose(1, 2)
+    if channels_first:
+        made = [
+            made[0].transpose(1, 2).contiguous(),
+            made[1].contiguous(),
+            made[2],
+            made[3].transpose(1, 2).contiguous(),
         ]
-        flop, size = work(B, C, H, T, K, tensors[0].element_size())
-        print(
-            f"\n{name}: B {B}, C {C}, H {H}, T {T}, K {K}, d {d}\n"
-            f"{'':12} {'forward us':>10} {'GB/s':>7} {'TFLOP/s':>8} {'fwd + bwd us':>13}"
-        )
-        candidates = {"eager": (0, talkingflow.gated_causal_conv_reference), "compile": (0, compiled)}
-        candidates |= {
-            f"version {v}": (v, kernel) for v in (1, 2, 3) if kernel and (v < 3 or dtype == "bfloat16")
-        }
-        for label, (version, function) in candidates.items():
-            gated_conv.KERNEL_VERSION = version
+    return [v.to(device, dtype).requires_grad_() for v in made]
+
+
+def layer_times(function, tensors, dilation, clock):
+    """Microseconds of forward, and of forward and backward with all gradients."""
+    dy = torch.ones_like(function(*tensors, dilation))
+    forward = functools.partial(function, *tensors, dilation)
+    return clock(forward), clock(lambda: torch.autograd.grad(forward(), tensors, dy))
+
+
+def layer_table(shapes, dtype, device, clock, peaks, fused):
+    """One table a shape: times, what they make of the machine, and the share of the forward floor."""
+    for name, shape in shapes.items():
+        flop, traffic = work(*shape[:5], dtype.itemsize)
+        floor = floor_us(shape, dtype, peaks)
+        B, T, C, H, K, d = shape
+        print(f"\n{name}, {str(dtype)[6:]}: B {B}, T {T}, C {C}, H {H}, K {K}, d {d}; floor {floor:.1f} us\n")
+        print("| | forward us | of the floor | TFLOP/s | GB/s | training us |\n|---|---|---|---|---|---|")
+        for label, (function, channels_first) in candidates(dtype, fused).items():
+            tensors = layer_inputs(shape, dtype, device, channels_first)
             try:
-                one, two = measure(function, tensors, d, flush)
-            except RuntimeError as error:
-                print(f"{label:12} {str(error).splitlines()[0][:90]}")
+                one, both = layer_times(function, tensors, d, clock)
+            except RuntimeError as error:  # a rung that cannot run this, a compiler that is not there
+                print(f"| {label} | {str(error).splitlines()[0][:80]} |")
                 continue
-            print(
-                f"{label:12} {one * 1e3:10.1f} {size / one / 1e6:7.0f} {flop / one / 1e9:8.2f} {two * 1e3:13.1f}"
-            )
+            rates = f"{flop / one / 1e6:.1f} | {traffic / one / 1e3:.0f}"
+            print(f"| {label} | {one:.1f} | {floor / one:.0%} | {rates} | {both:.1f} |", flush=True)
+
+
+# ---- The flow
+
+
+def make_step(preset, precision, device):
+    """The trainer's own `update` on random windows: (function, x, c)."""
+    config = talkingflow.Config.preset(preset)
+    torch.manual_seed(0)
+    flow = talkingflow.TalkingFlow(config)
+    B, T = config.batch_size, config.seq_len
+    x, c = torch.rand(B, T, config.dim), torch.randn(B, T, config.cond_dim)
+    flow.initialize(x, c)
+    flow, x, c = flow.to(device), x.to(device), c.to(device)
+    for net in flow.modules():
+        if isinstance(net, talkingflow.ConditionTCN):
+            net.precision = precision
+    trainer = types.SimpleNamespace(flow=flow, config=config, model=talkingflow.Objective(flow))
+    trainer.optimizer = talkingflow.build_optimizer(flow, config)
+    trainer.fade, trainer.skipped = torch.zeros(2, device=device)
+    return functools.partial(talkingflow.Trainer.update, trainer), x, c
+
+
+def step_table(presets, device, clock, kernel):
+    """A whole training step, captured as one graph: PyTorch's operators, and with the fused ones."""
+    print("\n| training step, ms | float32 | bfloat16 networks | bfloat16, fused |\n|---|---|---|---|")
+    for preset in presets:
+        cells = []
+        for precision, choice in ((None, "torch"), (torch.bfloat16, "torch"), (torch.bfloat16, "cuda")):
+            if choice == "cuda" and not kernel:
+                cells.append("-")
+                continue
+            os.environ["TALKINGFLOW_KERNEL"] = choice
+            function, x, c = make_step(preset, precision, device)
+            cells.append(f"{clock(lambda: function(x, c)) / 1e3:.2f}")
+        print(f"| {preset} | {' | '.join(cells)} |", flush=True)
+
+
+def sample_table(presets, device, clock, frames=250):
+    """Sampling 250 frames and one streamed frame as a user calls them, launches and all."""
+    print(f"\n| ms | {frames} frames, 1 face | 64 faces | one streamed frame |\n|---|---|---|---|")
+    for preset in presets:
+        config = talkingflow.Config.preset(preset)
+        flow = talkingflow.TalkingFlow(config).to(device).eval()
+        c = torch.randn(64, frames, config.cond_dim, device=device)
+        stream = flow.stream()
+        with torch.no_grad():
+            times = [clock(lambda n=n: flow.sample(c[:n])) for n in (1, 64)]
+            times.append(clock(lambda: stream.push(c[:1, :1])))
+        print(f"| {preset} | {' | '.join(f'{t / 1e3:.2f}' for t in times)} |", flush=True)
+
+
+# ---- The parts
+
+
+def static_part(arch):
+    roofline_table()
+    for one in arch.split(","):
+        static_table(one)
+
+
+def gpu_part():
+    os.environ["TALKINGFLOW_KERNEL"] = "cuda"
+    kernel = load_kernel()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    name = torch.cuda.get_device_name()
+    peaks = next((peaks for gpu, peaks in GPUS.items() if gpu in name), GPUS["H100"])
+    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}; medians of replayed graphs, TF32")
+
+    def fused(version):
+        return functools.partial(fused_gated_conv, version=version)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        shapes = SHAPES if dtype == torch.bfloat16 else {k: SHAPES[k] for k in ("paper", "demo")}
+        layer_table(shapes, dtype, "cuda", replay_us, peaks, fused if kernel else None)
+    step_table(("demo", "paper"), "cuda", functools.partial(replay_us, calls=1), kernel)
+    os.environ["TALKINGFLOW_KERNEL"] = "auto"
+    sample_table(("demo", "paper"), "cuda", launched_us)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--arch", default="80,90", help="for the static table, e.g. 75,80,86,89,90,100,120")
     args = parser.parse_args()
-    roofline_table()
     if torch.cuda.is_available():
-        time_on_gpu(args.dtype)
+        gpu_part()
     else:
-        print("\nNo GPU is visible: nothing is timed. What the compiler says instead:")
-        for arch in args.arch.split(","):
-            static_table(arch, args.dtype)
+        print("No GPU is visible: nothing is timed. What the data sheets and the compiler say instead:\n")
+        static_part(args.arch)
 
 
 if __name__ == "__main__":
