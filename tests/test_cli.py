@@ -1,5 +1,4 @@
-"""Every command as a user runs it: a short run, its files, going on, stopping, and what happens with bad
-input."""
+"""Every command as a user runs it: a short run, its files, going on, stopping, and bad input."""
 
 import contextlib
 import io
@@ -32,8 +31,7 @@ SMALL = "--hidden 16 --steps_per_scale 1 --seq_len 40 --eval_interval 10".split(
 
 
 def run(folder, *args, main=talkingflow.main):
-    """The command line in this process: what it returns and prints. Processes of their own where they
-    matter."""
+    """The command line in this process: what it returns and prints; a process of its own where needed."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -340,8 +338,8 @@ def test_stream_speaks_while_the_sound_arrives(trained):
 def test_unknown_flags_and_impossible_values_exit_2(trained):
     folder, _ = trained
     for args in (["train", "--stepz", 3], ["sample", "--temperature", "-1"], ["sample", "--num-samples", 0],
-                 ["sample", "--temperature", "nan"], ["train", "--hidden", "many"], ["train", "--prior_mean", "maybe"],
-                 ["stream", "--rate", 5], []):  # fmt: skip
+                 ["sample", "--temperature", "nan"], ["train", "--hidden", "many"],
+                 ["train", "--prior_mean", "maybe"], ["stream", "--rate", 5], []):  # fmt: skip
         done = run(folder, *args)
         assert done.returncode == 2 and "Traceback" not in done.stderr, args
 
@@ -492,8 +490,7 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 @pytest.mark.slow
 def test_real_speech_is_prepared_trained_and_sampled(grid, tmp_path):
-    """The road of a user with GRID: a few hundred steps, then a mouth that follows the sound better than
-    chance."""
+    """The road of a user with GRID: a few hundred steps, then a mouth that follows the sound."""
     done = run(tmp_path, grid, "--out", "data/grid", main=prepare_data.main)
     assert done.returncode == 0, done.stderr
     assert "611 clips" in done.stdout.splitlines()[-1]

@@ -54,7 +54,8 @@ def jacobian_of(f, x):
 
 @pytest.mark.parametrize("prior", ["iid", "ar2"])
 @pytest.mark.parametrize("dim, scales, steps, T",
-                         [(16, 4, 2, 9), (17, 4, 2, 9), (5, 1, 3, 4), (23, 3, 1, 1), (136, 4, 2, 2)])  # fmt: skip
+                         [(16, 4, 2, 9), (17, 4, 2, 9), (5, 1, 3, 4), (23, 3, 1, 1),
+                          (136, 4, 2, 2)])  # fmt: skip
 def test_inverse_of_forward_is_the_identity_in_float64(dim, scales, steps, T, prior):
     flow = make(dim=dim, num_scales=scales, steps_per_scale=steps, lambdas=(0.5,) * scales, prior=prior)
     x, c = data(D=dim, T=T)
