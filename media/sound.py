@@ -431,7 +431,7 @@ def unlike_speech(sound, rate, fmax=8000.0):
     if top < 0.7 * fmax:
         found.append(f"nothing above {top:.0f} Hz")
     heard = energy[energy > np.log(1e-9)]
-    if np.subtract(*np.quantile(heard, [0.9, 0.1])) < 2.0:
+    if np.subtract(*np.quantile(heard, [0.9, 0.1])) < 3.0:
         found.append("hardly a pause in it, like noise")
     return found
 
