@@ -1,15 +1,18 @@
 """Faces where a user meets them: strangers' voices, quiet microphones, silence. Prints Markdown rows.
 
-    python -m study.faces --checkpoint FILE --data DIR [--split test] [--speaker s4] [--limit 40]
+    python tests/faces.py --checkpoint FILE --data DIR [--split test] [--speaker s4] [--limit 40]
 
 Each clip's sound is heard anew, as 16-bit samples at several gains. Distances are in interocular distances of
 the model's training data; quiet frames are the quietest fifth of all.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from media.landmarks import interocular, lip_points, mouth_opening, points
 from media.sound import Mel
 
