@@ -1100,7 +1100,7 @@ def test_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_100_000_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
-    counts = survive(tmp_path, 100_000, seed=1)
-    print(counts)
-    assert sum(counts.values()) == 100_000
+def test_many_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
+    """FUZZ=100000 python -m pytest --slow -k many_damaged: twelve CPU minutes instead of half a one."""
+    count = int(os.environ.get("FUZZ", 4000))
+    assert sum(survive(tmp_path, count, seed=1).values()) == count
