@@ -14,13 +14,14 @@ import pytest
 import torch
 from browser import Browser
 
+import cli
 import talkingflow
 from media.landmarks import mouth_opening
 from media.live import arrays, write_live
 from media.sound import Mel, wav_bytes
 from talkingflow import Config, Talker, TalkingFlow, load_checkpoint
 
-CHECKPOINT = talkingflow.Path(__file__).parent.parent / "pretrained" / "grid.pt"
+CHECKPOINT = cli.PRETRAINED
 FLOATS = (
     "const floats = text => new Float32Array(Uint8Array.from(atob(text), ch => ch.charCodeAt(0)).buffer);"
 )
