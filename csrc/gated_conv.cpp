@@ -3,8 +3,8 @@
 // autocast are registered from Python, in gated_conv.py. With -DCUDA_ON_CPU the same kernels become CPU operators
 // (cuda_on_cpu.h) in a library of their own, talkingflow_cpu: that is what the tests run on a machine without a GPU.
 //
-// No number here passes through a C++ stream: where libstdc++ is linked statically, as some images do, that crashes
-// (its locale was never set up). PyTorch's own checking macros use streams, so they get new bodies before they are used.
+// No number here passes through a C++ stream: where libstdc++ is linked statically, as in some images, that crashes
+// (its locale was never set up). PyTorch's own checking macros use streams: they get new bodies before they are used.
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 #if __has_include(<torch/csrc/stable/macros.h>)

@@ -519,8 +519,8 @@ template <class T> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
 // ==== Version 4: tensor cores ========================================================================================
 // A tensor core multiplies 16 x 16 by 16 x 8 numbers for a whole warp in one instruction (tensor_cores.h): what limits
 // a kernel now is feeding it. Three means:
-//   cp.async    while stage i is multiplied, the copies of stage i + 1 run: no thread waits for them, none holds them in
-//               registers. Two stages lie in shared memory; one barrier a stage keeps them apart.
+//   cp.async    while stage i is multiplied, the copies of stage i + 1 run: no thread waits for them, none holds them
+//               in registers. Two stages lie in shared memory; one barrier a stage keeps them apart.
 //   ldmatrix    fills the registers of a warp with 8 x 8 matrices. Its rows are 16 bytes; channels last, a tap is a row
 //               offset, so one tile of x with its halo serves all taps here too.
 //   swizzle     the 16-byte pieces of a row are stored in an order that changes from row to row, so that the 8 rows of
@@ -562,7 +562,7 @@ struct Slot {
 // D has a lane hold two neighbouring channels of every eight. Loading w's rows in the order `channel_of` makes the four
 // pairs of a lane 8 neighbouring channels, so cond, a and y move 16 bytes at a time.
 // Grid: x = pairs of slots, y = tiles of 64 channels. Per 16 channels and tap a warp reads 4 + M ldmatrix for 8 M mma.
-// Global reads per y at M = 5: C (80 + (K - 1) d) / 5120 of x, K C / 80 of w: K C / 80 + ... = 10 + 5 at C = 256, K = 3.
+// Global reads per y at M = 5: C (80 + (K - 1) d) / 5120 of x, K C / 80 of w: 4.4 + 9.6 at C = H = 256, K = 3, d = 4.
 __device__ inline int channel_of(int row) { return row % 8 / 2 * 8 + row / 8 * 2 + row % 2; }  // rows 0 .. 31
 
 template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
@@ -586,8 +586,8 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
             copy_piece(xs + swizzle32(r, piece), inside ? x + row * n.x_row + d0 : x, inside ? n.C - d0 : 0, unit_x);
         }
         for (int p = tid; p < n.K * 2 * PAIRS4 * 4; p += THREADS) {  // rows of a group: 32 values, their 32 gates
-            const int piece = p % 4, r = p / 4 % (2 * PAIRS4), k = p / 4 / (2 * PAIRS4), d0 = chunk * DEPTH4 + piece * 8;
-            const int c = c0 + r / 64 * 32 + channel_of(r % 32);
+            const int piece = p % 4, r = p / 4 % (2 * PAIRS4), k = p / 4 / (2 * PAIRS4);
+            const int d0 = chunk * DEPTH4 + piece * 8, c = c0 + r / 64 * 32 + channel_of(r % 32);
             const bool inside = c < n.H && d0 < n.C;
             const long long o = c + r / 32 % 2 * n.H;
             copy_piece(ws + swizzle32(p / 4, piece), inside ? w + (o * n.K + k) * n.C + d0 : w, inside ? n.C - d0 : 0,
@@ -949,11 +949,11 @@ static const char* run_gate(const Layer& n, const T* dy, const T* a, T* da, T* d
     const long long runs = gate_runs(n, wide ? V : 1);
     const long long bytes = 2LL * GATE_THREADS * (wide ? V : 1) * sizeof(Sum<T>);
     if (runs > 0 && wide)
-        LAUNCH((gate_backward<T, V>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, lanes * V)), dim3(lanes, rows), bytes,
-               stream, n, dy, a, da, parts);
+        LAUNCH((gate_backward<T, V>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, lanes * V)), dim3(lanes, rows),
+               bytes, stream, n, dy, a, da, parts);
     if (runs > 0 && !wide)
-        LAUNCH((gate_backward<T, 1>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, one)), dim3(one, rows), bytes, stream,
-               n, dy, a, da, parts);
+        LAUNCH((gate_backward<T, 1>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, one)), dim3(one, rows), bytes,
+               stream, n, dy, a, da, parts);
     LAUNCH(sum_parts<T>, blocks_for(2 * n.H, 32), dim3(32, 8), 256 * sizeof(Sum<T>), stream, 2LL * n.H, (int)runs,
            parts, dbias);
     return nullptr;
@@ -976,7 +976,8 @@ static const char* run_dw_v4(const Layer& n, const T* da, const T* x, float* par
     return nullptr;
 }
 
-template <class T> static const char* run_dx(int version, const Layer& n, const T* da, const T* w, T* dx, void* stream) {
+template <class T>
+static const char* run_dx(int version, const Layer& n, const T* da, const T* w, T* dx, void* stream) {
     const int element = sizeof(Sum<T>);
     if (version == 1)
         LAUNCH(dx_v1<T>, blocks_for((long long)n.B * n.T * n.C, 128), dim3(128), 0, stream, n, da, w, dx);
