@@ -209,7 +209,7 @@ template <class T> __global__ void __launch_bounds__(256)
 constexpr int SIDE = 16, DEPTH2 = 16, STRIDE2 = DEPTH2 + 1;  // odd: 16 rows at one depth fall on 16 different banks
 
 // Taps further apart than the tile is long do not overlap: each then has its own TIMES rows instead of one long halo,
-// so shared memory stays bounded for any dilation. tile_row: where frame 0 of the tile lies as tap k's source sees it.
+// so shared memory stays bounded for any dilation.
 template <int TIMES> __host__ __device__ inline int tap_step(const Layer& n) {
     return n.dilation < TIMES ? n.dilation : TIMES;
 }
