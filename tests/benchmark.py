@@ -3,6 +3,7 @@ every rung of csrc/, timed by replaying CUDA graphs, so that launches do not cou
 compiler says of the kernels (registers, spills, instructions). Prints Markdown tables to paste.
 
     python tests/benchmark.py [--arch 80,90]
+    python tests/benchmark_cpu.py               the CPU part: one core, beside a textbook form of the flow
 """
 
 import argparse
