@@ -764,7 +764,7 @@ def run(args):
 @lasting_output()
 def main(argv=None):
     """Run a command line -> exit status."""
-    return run_command(parser().parse_args(argv))
+    return run_command(parser().parse_args(argv), end="")  # the line may end in a command to copy
 
 
 if __name__ == "__main__":

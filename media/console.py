@@ -123,7 +123,7 @@ def lasting_output():
         yield
 
 
-def run_command(args):
+def run_command(args, end="."):
     """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(
@@ -141,7 +141,7 @@ def run_command(args):
         if not isinstance(e, UserError):
             found = f"{e.filename or 'a file'}: {e.strerror or e}"
             e = f"{found} vs one that can be read and written. Free some space or choose another place"
-        print(f"{CLEAR}error: {str(e).rstrip('.')}.", file=sys.stderr)
+        print(f"{CLEAR}error: {str(e).rstrip('.')}{end}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -165,7 +165,8 @@ def check_length(frames, seconds, fps):
     fits = [rate for rate in RATES if abs(frames / rate - seconds) < min(off, 1 / rate)]
     fits.sort(key=lambda rate: abs(frames / rate - seconds))
     allowed = max(0.95 / fps, min(0.2, 0.01 * seconds), 0.0005 * seconds)  # less than a frame, or 1 %
-    close = [rate for rate in fits if abs(rate / fps - 1) < 0.01 and off > 0.01]  # 29.97 is not 30
+    end = frames / fps  # 29.97 is not 30, once it makes more than 10 ms
+    close = [rate for rate in fits if abs(rate / fps - 1) < 0.01 and abs(frames / rate - end) > 0.01]
     if off > allowed or close:
         hint = f"{(close or fits)[0]:g} frames a second would fit" if fits else "another frame rate?"
         raise Skip(

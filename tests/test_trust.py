@@ -350,7 +350,8 @@ def test_output_that_nobody_reads_does_not_end_the_work(waves, tmp_path, monkeyp
 
 def test_a_stream_ends_with_its_reader(spoken, monkeypatch):
     """There nothing is saved and the sound may never end."""
-    stdin = type("Endless", (), {"buffer": type("", (), {"read1": staticmethod(lambda n: bytes(n))})})
+    read = staticmethod(lambda n=1: bytes(n))
+    stdin = type("Endless", (), {"buffer": type("", (), {"read": read, "read1": read})})
     monkeypatch.setattr(sys, "stdin", stdin)
     with closed_pipe() as out, contextlib.redirect_stdout(out):
         assert talkingflow.main(["stream", "--checkpoint", str(spoken)]) == 0
