@@ -3,11 +3,9 @@
 A folder of pictures for renderers is written by `write_pictures`."""
 
 import base64
-import contextlib
 import json
 import math
-import shutil
-import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -83,27 +81,33 @@ def write_gif(path, x, truth, sound, rate, info):
     )
 
 
+AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000}
+
+
 def write_mp4(path, x, truth, sound, rate, info):
-    """H.264 picture and AAC sound, by ffmpeg: frames go through a pipe, the sound through a file."""
-    if not shutil.which("ffmpeg"):
-        raise UserError(
-            "ffmpeg: not found vs needed for .mp4. Install ffmpeg, or write .html (has sound) or .gif"
-        )
-    wav = path.with_suffix(".wav")
+    """H.264 picture and AAC sound, by PyAV, which brings its own encoders."""
     try:
-        wav.write_bytes(wav_bytes(sound, rate))
-        size = f"{480 * (len(x) + (truth is not None))}x480"
-        options = f"-y -loglevel error -f rawvideo -pix_fmt rgb24 -s {size} -r {info['fps']} -i - -i".split()
-        options = [*options, str(wav), *"-pix_fmt yuv420p -c:a aac -f mp4".split(), str(path)]
-        # where ffmpeg gives up early, its exit status says more than the broken pipe
-        with contextlib.suppress(BrokenPipeError):
-            with subprocess.Popen(["ffmpeg", *options], stdin=subprocess.PIPE) as process:
-                for picture in frame_pictures(x, truth, 480):
-                    process.stdin.write(picture.tobytes())
-        if process.returncode:
-            raise UserError(f"ffmpeg: exit status {process.returncode} vs 0. See its message above")
-    finally:
-        wav.unlink(missing_ok=True)
+        import av
+    except ImportError:
+        raise UserError(
+            "av: not installed vs needed for .mp4. pip install av, or write .html (has sound) or .gif"
+        )
+    with av.open(str(path), "w", format="mp4") as file:
+        fps = Fraction(info["fps"]).limit_denominator(1001)
+        pictures = file.add_stream("libx264", rate=fps, options={"crf": "18"})
+        pictures.width, pictures.height, pictures.pix_fmt = (
+            480 * (len(x) + (truth is not None)),
+            480,
+            "yuv420p",
+        )
+        voice = file.add_stream("aac", rate=rate if rate in AAC_RATES else 48000, layout="mono")
+        for picture in frame_pictures(x, truth, 480):
+            file.mux(pictures.encode(av.VideoFrame.from_image(picture)))
+        file.mux(pictures.encode(None))
+        samples = av.AudioFrame.from_ndarray(np.asarray(sound, "<i2")[None], format="s16", layout="mono")
+        samples.sample_rate = rate
+        file.mux(voice.encode(samples))
+        file.mux(voice.encode(None))
 
 
 # of MediaPipe's face pictures, on which ControlNet models were trained: jaw, the person's right and left brow

@@ -23,6 +23,7 @@ from media import console
 from media.console import UserError
 from media.landmarks import mouth_opening
 from media.sound import Mel
+from media.talkers import SyntheticFace
 from talkingflow import Clips, Config, Talker, TalkingFlow, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -466,10 +467,27 @@ def test_a_video_without_its_decoder_says_what_to_install(trained, tmp_path, mon
     )
 
 
-def test_mp4_without_ffmpeg_says_what_to_do(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    fails(run(trained[0], "sample", "--out", tmp_path / "a.mp4"), "ffmpeg")
+def test_mp4_without_its_encoder_says_what_to_install(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    fails(run(trained[0], "sample", "--out", tmp_path / "a.mp4"), "pip install av")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rate", [16000, 18000, 44100])
+def test_mp4_has_the_pictures_and_the_sound_of_the_sample(tmp_path, rate):
+    av = pytest.importorskip("av")
+    from media.export import write_mp4
+
+    x = SyntheticFace().draw(np.zeros((2, 50, 4)), np.random.default_rng(0)).reshape(2, 50, 68, 2)
+    tone = (8000 * np.sin(2 * np.pi * 200 * np.arange(2 * rate) / rate)).astype(np.int16)
+    write_mp4(tmp_path / "a.mp4", x, None, tone, rate, {"fps": 25})
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in file.decode(audio=0)])
+        seconds = len(heard) / file.streams.audio[0].rate
+    assert len(pictures) == 50 and pictures[0].shape == (480, 960, 3) and np.ptp(pictures[0]) > 150
+    assert abs(seconds - 2) < 0.15 and 0.2 < np.abs(heard).max() < 0.3
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path):
