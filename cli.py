@@ -58,7 +58,7 @@ def train(args):
         again = f"python talkingflow.py train --resume --out {out}"
         print(f"{CLEAR}stopped after step {trainer.step}, saved. To go on: {again}")
     elif trainer.rank == 0:
-        measure_run(out, clips, trainer.device)
+        measure_run(out, clips, trainer.device, found)
     trainer.processes.leave()
     return 128 + signalled if signalled else 0
 
@@ -98,7 +98,7 @@ def resumed_run(args):
     return config, clips, out, state
 
 
-def measure_run(out, clips, device):
+def measure_run(out, clips, device, found):
     """What the best weights reach on held-out clips: figures.json, loss.png, and a few lines."""
     from study.figures import plot_losses
     from study.metrics import measure, report
@@ -107,7 +107,7 @@ def measure_run(out, clips, device):
     figures = measure(load_checkpoint(out / "checkpoint.pt", device)[0], clips)
     write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
     print(report(figures))
-    plot_losses(out, figures)
+    plot_losses(out, found)
     print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
 
 

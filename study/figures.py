@@ -27,8 +27,9 @@ def figure(path, width, height, draw, rows=1, columns=1):
     plt.close(canvas)
 
 
-def plot_losses(out, figures):
-    """loss.png of a run: train and validation NLL over the steps, and the lines they must be seen against."""
+def plot_losses(out, found):
+    """loss.png of a run: train and validation NLL over the steps, and what the validation NLL must be seen
+    against (`metrics.anchors`)."""
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     def draw(axes):
@@ -37,9 +38,9 @@ def plot_losses(out, figures):
             ax.plot(
                 [e["step"] for e in entries], [e[f"{split}_nll"] for e in entries], label=split, color=colour
             )
-        for name, style in (("var2", ":"), ("var3", "--"), ("optimum", "-")):
-            if name in figures:
-                ax.axhline(figures[name], color=INK, ls=style, lw=1, label=name.replace("var", "VAR "))
+        for name, style in (("VAR(3)", "--"), ("optimum", "-")):
+            if name in found:
+                ax.axhline(found[name], color=INK, ls=style, lw=1, label=f"{name} of the val clips")
         ax.set(xlabel="step", ylabel="NLL, nats per coordinate per frame")
         ax.legend(frameon=False)
 
