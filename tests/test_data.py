@@ -1101,6 +1101,6 @@ def test_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_many_damaged_files_are_read_or_refused_and_raise_nothing_else(tmp_path):
-    """FUZZ=100000 python -m pytest --slow -k many_damaged: twelve CPU minutes instead of half a one."""
+    """FUZZ=100000 python -m pytest --slow -k many_damaged: some minutes more."""
     count = int(os.environ.get("FUZZ", 4000))
     assert sum(survive(tmp_path, count, seed=1).values()) == count
