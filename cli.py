@@ -386,6 +386,7 @@ def shared_flags():
 
 
 def train_flags(flag):
+    """What and where to train; the numbers of a run come from `add_config_flags`."""
     flag("--data", help="folder made by prepare_data.py [data/synthetic, made on first use]")
     flag("--preset", choices=("demo", "paper"), default="demo", help="all numbers at once [demo]")
     flag("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
@@ -394,6 +395,7 @@ def train_flags(flag):
 
 
 def sample_flags(flag):
+    """What to speak, and what to write."""
     count, seed = bounded(int, 1, 64), bounded(int, 0, 2**62)
     flag("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
     flag("--clip", help="name of a clip in the training folder [the first held-out one]")
@@ -406,12 +408,14 @@ def sample_flags(flag):
 
 
 def stream_flags(flag):
+    """How to hear the standard input."""
     rate, seed = bounded(int, 4000, 384000), bounded(int, 0, 2**62)
     flag("--rate", type=rate, default=16000, help="sample rate of the PCM, Hz [16000]")
     flag("--seed", type=seed, default=0, help="of the noise [0]")
 
 
 def live_flags(flag):
+    """What the page is made of."""
     flag("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
     flag("--out", default="live.html", help="the page [live.html]")
     flag("--force", action="store_true", help="overwrite --out")
