@@ -55,6 +55,7 @@ from torch.utils.checkpoint import checkpoint
 
 from csrc.device import Captured, Processes, choose_device, few_threads, network_precision
 from csrc.gated_conv import fused_gated_conv, kernel_runs, load_kernel
+from csrc.one_frame import OneFrame
 from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
 from media.console import CLEAR, Interrupt, UserError
 from media.folder import TrainingFolder
@@ -140,13 +141,12 @@ def gated_conv(x, matrix, bias, cond, k, dilation):
     """The same with the (k-1) dilation frames before the first output in front of x: one product over the
     taps, faster than conv1d on CPUs, and what torch.compile fuses best on GPUs. matrix (2H, kC)."""
     T = x.shape[1] - (k - 1) * dilation
-    if T == 1:  # a streamed frame: the same taps in half the time
-        taps = x[:, ::dilation].flatten(1)[:, None]
-    else:
-        taps = torch.cat([x[:, j * dilation : j * dilation + T] for j in range(k)], 2)
+    taps = torch.cat([x[:, j * dilation : j * dilation + T] for j in range(k)], 2)
     a = F.linear(taps, matrix, bias)  # (B, T, kC), the oldest tap first -> (B, T, 2H)
     tanh, sigmoid = (a if cond is None else a + cond).chunk(2, 2)
-    return torch.tanh(tanh) * torch.sigmoid(sigmoid)  # (B, T, H) [4]
+    if torch.is_grad_enabled():
+        return torch.tanh(tanh) * torch.sigmoid(sigmoid)  # (B, T, H) [4]
+    return tanh.tanh_().mul_(sigmoid.sigmoid_())  # in place: up to 1.5 times as fast on a CPU
 
 
 def gated_causal_conv(x, weight, bias, cond, dilation):
@@ -173,21 +173,20 @@ class GatedCausalConv(nn.Module):
         # stored as (2H, k, C): the operator's (2H, C, k) and the matrix of its product are both views of it
         self.weight = nn.Parameter(torch.empty(2 * hidden, kernel_size, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(2 * hidden).uniform_(-bound, bound))
-        self.dilation, self.past, self.matrix = dilation, None, None
+        self.dilation, self.past = dilation, None
 
     def remember(self, batch_size):
         _, k, C = self.weight.shape
         self.past = self.weight.new_zeros(batch_size, (k - 1) * self.dilation, C)
-        self.matrix = self.weight.flatten(1).T.contiguous().T  # (2H, kC), laid out for a product with one row
 
     def forward(self, x, cond):
         if self.past is None:
             return gated_causal_conv(x, self.weight.transpose(1, 2), self.bias, cond, self.dilation)
         if x.requires_grad:  # TalkingFlow.denoise: adds 0, whose gradient is that of the last tap
-            cond = cond + F.linear(x - x.detach(), self.matrix[:, -x.shape[2] :])
+            cond = cond + F.linear(x - x.detach(), self.weight[:, -1])
         x = torch.cat([self.past, x.detach()], 1)
         self.past.copy_(x[:, x.shape[1] - self.past.shape[1] :])
-        return gated_conv(x, self.matrix, self.bias, cond, self.weight.shape[1], self.dilation)
+        return gated_conv(x, self.weight.flatten(1), self.bias, cond, self.weight.shape[1], self.dilation)
 
 
 class ConditionTCN(nn.Module):
@@ -280,7 +279,7 @@ class InvertibleConv1x1(nn.Module):
         return torch.linalg.inv(self.matrix().double()).to(self.lower.dtype)
 
     def remember(self, batch_size):
-        self.inverted = self.inverse_matrix().T.contiguous().T  # see GatedCausalConv
+        self.inverted = self.inverse_matrix()
 
     def forward(self, x):
         return x @ self.matrix().T, x.shape[1] * self.log_diagonal.sum()
@@ -300,9 +299,8 @@ class AffineCoupling(nn.Module):
 
     def scale_shift(self, xa, c):
         s, t = self.net(xa, c).chunk(2, 2)  # Eq. 8
-        return self.bound * torch.tanh(
-            s / self.bound
-        ), t  # an unbounded exp(s) blows up the inverse before the loss
+        # an unbounded exp(s) blows up the inverse before the loss
+        return self.bound * torch.tanh(s / self.bound), t
 
     def forward(self, x, c):
         xa, xb = x.split(self.sizes, 2)  # Eq. 7
@@ -612,6 +610,7 @@ class Stream:
         self.batch_size, self.temperature, self.generator = batch_size, temperature, generator
         self.flow, self.sigma, self.steer = flow.remembering(batch_size), sigma, steer
         self.denoiser = flow.remembering(batch_size) if sigma else None
+        self.frames = OneFrame(self.flow)
         device = flow.cond_mean.device
         self.draw_frame = Captured(self.draw, device) if device.type == "cuda" else self.draw
 
@@ -630,10 +629,11 @@ class Stream:
 
     def draw(self, noise, c):
         """Standard normal noise (B, n, D), sound c (B, n, M) -> landmarks (B, n, D)."""
-        z = self.flow.prior.sample(noise * self.temperature) + self.flow.prior_mean(c)
+        flow = self.frames.take() if c.shape[1] == 1 and not c.is_cuda else self.frames.give()
+        z = flow.prior.sample(noise * self.temperature) + flow.prior_mean(c)
         if self.steer:
             z, c = self.steer(z, c)
-        x = self.flow.inverse(z.split(self.flow.sizes, 2), c)
+        x = flow.inverse(z.split(flow.sizes, 2), c)
         return self.denoiser.denoise(x, c, self.sigma) if self.sigma else x
 
 
@@ -837,10 +837,8 @@ class Trainer:
         speed = round(self.config.batch_size * self.T / seconds)
         entry = {"step": self.step, "train_nll": train, "val_nll": val, "frames_per_second": speed}
         left = datetime.timedelta(seconds=round((self.steps - self.step) * seconds))
-        line = (
-            f"step {self.step:5d}/{self.steps}: train nll {train:.4f} val nll {val:.4f}{self.beside(val)} | "
-        )
-        print(CLEAR + line + f"{seconds * 1000:.0f} ms a step | {left} left", flush=True)
+        line = f"step {self.step:5d}/{self.steps}: train nll {train:.4f} val nll {val:.4f}{self.beside(val)}"
+        print(f"{CLEAR}{line} | {seconds * 1000:.0f} ms a step | {left} left", flush=True)
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(entry) + "\n")
         if val < self.best:  # never true for NaN

@@ -46,6 +46,10 @@ def data(B=3, T=9, D=16, M=3, dtype=torch.float64, seed=1):
     return torch.rand(B, T, D, dtype=dtype), torch.randn(B, T, M, dtype=dtype)
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def jacobian_of(f, x):
     """d f(x) / d x as a square matrix."""
     J = jacobian(f, x)
@@ -272,10 +276,38 @@ def test_initialisation_survives_coordinates_that_repeat_each_other():
 def test_a_stream_equals_the_whole_sample_for_blocks_of_any_size(block, prior):
     flow = make(torch.float32, prior=prior, hidden=16)
     c = data(T=31, dtype=torch.float32)[1]
-    whole = flow.sample(c, generator=torch.Generator().manual_seed(4))
-    stream = flow.stream(3, generator=torch.Generator().manual_seed(4))
+    whole = flow.sample(c, generator=seeded(4))
+    stream = flow.stream(3, generator=seeded(4))
     parts = torch.cat([stream.push(part) for part in c.split(block, 1)], 1)
     assert (whole - parts).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(dim=37, kernel_size=3, steps_per_scale=3),
+        dict(kernel_size=1, prior_mean=False),
+        dict(num_scales=1, lambdas=(1.0,), dilations=(3, 1), scale_bound=2.5),
+    ],
+)
+def test_frames_and_longer_blocks_take_turns_in_a_stream(fields):
+    """A frame alone goes through csrc/one_frame.py, which takes over what the layers remember."""
+    flow = make(hidden=16, **fields)
+    flow.cond_mean.normal_(), flow.cond_std.uniform_(0.5, 2)
+    c = torch.randn(3, 43, flow.config.cond_dim, dtype=torch.float64)
+    whole, stream = flow.sample(c, generator=seeded(4)), flow.stream(3, generator=seeded(4))
+    parts = c.split([1, 1, 5, 1, 2, 1, 1, 1, 13, 1, 1, 1, 1, 1, 12], 1)
+    assert (whole - torch.cat([stream.push(part) for part in parts], 1)).abs().max() < 1e-12
+
+
+def test_what_steers_a_stream_steers_its_single_frames():
+    flow = make(torch.float32, hidden=16)
+    c, steer = data(T=31, dtype=torch.float32)[1], lambda z, c: (0.5 * z, c - 1)
+    whole = flow.stream(3, generator=seeded(4), steer=steer).push(c)
+    stream = flow.stream(3, generator=seeded(4), steer=steer)
+    assert (whole - torch.cat([stream.push(part) for part in c.split(1, 1)], 1)).abs().max() < 1e-5
+    assert (whole - flow.sample(c, generator=seeded(4))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
