@@ -138,17 +138,8 @@ def default_folder(n_mels=40):
 # Finding the sources: every file once, by name; nothing is opened yet
 
 LANDMARKS = (".npz", ".npy", ".csv")  # the first that is there counts
-CONTAINERS = {
-    "video",
-    "videos",
-    "mpg",
-    "mpg_vcd",
-    "mpg_6000",
-    "audio",
-    "wav",
-    "clips",
-    "landmarks",
-}  # not people
+# folders that are not people
+CONTAINERS = {"video", "videos", "mpg", "mpg_vcd", "mpg_6000", "audio", "wav", "clips", "landmarks"}
 
 
 def list_files(src, leftovers):
@@ -168,9 +159,8 @@ def list_files(src, leftovers):
         except OSError as e:
             leftovers.append(Leftover(folder, "unreadable folder", e.strerror or ""))
             continue
-        loop = folder != src and top.is_relative_to(
-            os.path.realpath(folder)
-        )  # src lies in what this links to
+        # src lies in what this links to
+        loop = folder != src and top.is_relative_to(os.path.realpath(folder))
         if loop or identity in seen:
             where = "a loop" if loop else f"the same folder as {seen[identity]}"
             leftovers.append(Leftover(folder, "read already", where, skipped=False))

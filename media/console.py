@@ -126,9 +126,8 @@ def lasting_output():
 def run_command(args, end="."):
     """args.run(args) -> exit status; an error is one line on stderr, with --debug its traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a terminal that is not UTF-8 shows \\xe9 instead of ending the program
+        # a terminal that is not UTF-8 shows \\xe9 instead of ending the program
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         return args.run(args)

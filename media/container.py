@@ -50,9 +50,8 @@ def decode(container, stream, part=WHOLE):
     """(seconds, frame) of a stream within part = (start, stop): of sound each later than the last one, of
     pictures none earlier (see even_out). What does not decode is lost."""
     origin, last = zero(container) - 1e-4, -np.inf  # start_time is rounded: nothing of 0 comes before it
-    frames = stamped(
-        container, stream, origin + part[0] - 5 if part[0] else 0
-    )  # key frames are not everywhere
+    # key frames are not everywhere
+    frames = stamped(container, stream, origin + part[0] - 5 if part[0] else 0)
     for time, frame in in_order(frames) if stream.type == "video" else frames:
         time -= origin
         if time >= part[1]:

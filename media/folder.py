@@ -172,10 +172,8 @@ def new_folder(out, force=False):
     check_folder(out, force)
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
-        for name in (
-            "meta.json",
-            *sorted(OURS - {"meta.json", "preview"}),
-        ):  # no folder is whole without the first
+        # no folder is whole without the first
+        for name in ("meta.json", *sorted(OURS - {"meta.json", "preview"})):
             (Path(out) / name).unlink(missing_ok=True)
     except OSError as e:
         raise UserError(

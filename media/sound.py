@@ -97,9 +97,8 @@ class Mel:
         self.past = np.concatenate([self.past, np.asarray(samples, np.float32)])
         frames = self._frames(self.first + len(self.past))
         power = self._power(self.past, self.first, self.frame, frames)
-        keep = max(
-            0, int((frames + 1) * self.sample_rate / self.fps) - self.size
-        )  # start of the next column's window
+        # from the start of the next column's window on
+        keep = max(0, int((frames + 1) * self.sample_rate / self.fps) - self.size)
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
         return self._log(power)

@@ -72,9 +72,8 @@ def read_ready(source, fps):
     times, wh, pixel, begin = track.times, track.about.pop("wh", None), 1.0, 0.0
     if source.sound.lower().endswith(VIDEOS):
         times, size, pixel = on_the_clock_of(source.sound, track)
-        pixel, wh = (
-            (pixel, wh or size) if wh in (None, size) else (1.0, wh)
-        )  # of that size no more: converted
+        # of that size no more: converted
+        pixel, wh = (pixel, wh or size) if wh in (None, size) else (1.0, wh)
     if track.sound is not None:
         sound = track.sound
     elif source.sound:

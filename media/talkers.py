@@ -250,9 +250,8 @@ class Bend:
         upper, lower = self.pairs
         gap = y[..., lower] - y[..., upper]
         x = self.open_lips(y, -(self.lip**2) / (4 * gap))
-        slope = np.where(
-            gap > 0, 1 / (1 + (self.lip / (2 * gap)) ** 2), np.inf
-        )  # crossed lips have density 0
+        # crossed lips have density 0
+        slope = np.where(gap > 0, 1 / (1 + (self.lip / (2 * gap)) ** 2), np.inf)
         phi = self.side(x)
         rest = (x - self.mean) @ self.rest
         x = x - phi[..., None] * self.turn + (rest * np.expm1(-self.light * phi[..., None])) @ self.rest.T
@@ -288,9 +287,8 @@ class SyntheticFace:
         self.drawings = np.stack([mode for _, mode, _, _ in sources])  # (J, 136)
         self.dynamics = [(pole, std) for *_, pole, std in sources]
         u, singular, _ = np.linalg.svd(self.drawings.T)
-        self.span, rest = np.split(
-            u, [int((singular > 1e-9 * singular[0]).sum())], axis=1
-        )  # (136, r), the others
+        # span (136, r), rest: the others
+        self.span, rest = np.split(u, [int((singular > 1e-9 * singular[0]).sum())], axis=1)
         sway, std = names.index("tx"), dict(zip(names, self.dynamics))["tx"][1]
         reads = np.linalg.pinv(self.drawings)[:, sway] * (STEEP / std)  # blind to every drawing but the sway
         pairs = 2 * np.array([[61, 62, 63], [67, 66, 65]]) + 1  # y of the inner lips

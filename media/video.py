@@ -129,11 +129,8 @@ class Follower:
 
     def __init__(self, extract, max_gap):
         self.extract, self.max_gap = extract, max_gap
-        self.face, self.lost, self.largest = (
-            None,
-            0,
-            0,
-        )  # the last one, frames since, its largest share of the picture
+        # the last one, frames since, its largest share of the picture
+        self.face, self.lost, self.largest = None, 0, 0
         self.seen = self.profiles = 0
 
     def __call__(self, rgb, corrupt=False):
@@ -180,9 +177,8 @@ def read_video(source, extract, max_gap=5, preview=None):
     times, keep = even_out(times)
     points, times = np.array(points).reshape(-1, 68, 2)[keep], times[keep]
     follower.check(points)
-    pixel = (
-        [1, pixel] if round(frame.rotation / 90) % 2 else [pixel, 1]
-    )  # of a picture that was turned, the height
+    # of a picture that was turned, the height
+    pixel = [1, pixel] if round(frame.rotation / 90) % 2 else [pixel, 1]
     wh = [round(side * scale) for side, scale in zip(rgb.shape[1::-1], pixel)]
     take = Take(arrange(points)[0] * pixel, times, sound, begin, wh, source.name, notes=notes)
     take.every_frame = True

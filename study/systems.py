@@ -83,12 +83,10 @@ class SigmoidLSTM(nn.Module):
         )
         nn.init.xavier_uniform_(self.inputs.weight)
         nn.init.orthogonal_(self.recurrent.weight)
-        self.inputs.bias.data = torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(
-            H
-        )  # forget gates start open
-        self.register_buffer(
-            "scale", torch.tensor([[0.0], [1.0]]).repeat(1, inputs)
-        )  # mean, standard deviation
+        # forget gates start open
+        self.inputs.bias.data = torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(H)
+        # mean, standard deviation
+        self.register_buffer("scale", torch.tensor([[0.0], [1.0]]).repeat(1, inputs))
 
     def begin(self, x):
         """Measure what this layer reads, x (B, T, C); its outputs, for the next one."""
@@ -126,9 +124,8 @@ class Eskimez(nn.Module):
         )
         self.register_buffer("unit", x.var((0, 1)).mean())  # for a loss of order 1
         last = self.layers[3]
-        with (
-            torch.no_grad()
-        ):  # near the mean face: gates at sigmoid(1) rest the cell at 1.99, outputs reach 0.88
+        # near the mean face: gates at sigmoid(1) rest the cell at 1.99, outputs reach 0.88
+        with torch.no_grad():
             last.inputs.weight *= 0.1
             last.recurrent.weight *= 0.1
             last.inputs.bias.fill_(1)
@@ -307,9 +304,8 @@ class Lu(nn.Module):
         super().__init__()
         H, M, C, wide = 512 // size, 2 * c.shape[2], 128 // min(size, 4), 256 // min(size, 2)
         self.register_buffer("face", points(x.mean((0, 1))))  # (68, 2)
-        self.register_buffer(
-            "solve", torch.linalg.pinv(F.pad(self.face[self.STILL], (0, 1), value=1.0))
-        )  # (3, 31)
+        # solve (3, 31)
+        self.register_buffer("solve", torch.linalg.pinv(F.pad(self.face[self.STILL], (0, 1), value=1.0)))
         pose = self.pose(x)
         self.register_buffer("pose_scale", torch.stack([pose.mean((0, 1)), pose.std((0, 1)) + 1e-6]))
         self.register_buffer("sound_scale", torch.stack([c.mean((0, 1)), c.std((0, 1)) + 1e-6]).repeat(1, 2))

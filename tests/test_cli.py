@@ -186,9 +186,8 @@ def test_sample_writes_every_format(trained, suffix, tmp_path):
         assert lines[0].startswith("frame, face_id, timestamp, confidence, success, x_0, x_1")
     if suffix == ".html":
         page = out.read_text()
-        assert (
-            "http" not in page and "src=" not in page and "@import" not in page
-        )  # nothing comes from outside
+        # nothing comes from outside
+        assert "http" not in page and "src=" not in page and "@import" not in page
     if suffix == ".gif":
         assert out.read_bytes()[:6] == b"GIF89a"
 

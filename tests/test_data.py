@@ -314,10 +314,8 @@ def test_clips_are_cut_at_gaps_and_jumps_but_not_at_a_fast_head():
     points[100:120] = np.nan  # a gap
     points[300:303] = np.nan  # a short one: interpolated
     points[500:] += 60  # a cut
-    fast = np.clip(np.arange(750) - 600, 0, 8)[:, None, None] * [
-        25.0,
-        0,
-    ]  # .3 interocular a frame, for 8 frames
+    # .3 interocular a frame, for 8 frames
+    fast = np.clip(np.arange(750) - 600, 0, 8)[:, None, None] * [25.0, 0]
     found = pieces(points + fast, times, 0.04, 5)
     assert [(i[0], i[-1]) for i in found] == [(0, 99), (120, 499), (500, 749)]
     take = Take(points, times, sound / 32768, wh=[900, 900])
@@ -405,9 +403,8 @@ def test_stereo_and_8_khz_and_too_loud_sound_is_taken(tmp_path):
         ("low", low, 8000),
         ("plain", sound, 16000),
     ):
-        np.save(
-            tmp_path / f"in/{name}.npy", points * [1, 1 + len(name) / 100]
-        )  # else one would be a duplicate
+        # else one would be a duplicate
+        np.save(tmp_path / f"in/{name}.npy", points * [1, 1 + len(name) / 100])
         write_wav(tmp_path / f"in/{name}.wav", s, rate)
     write_clip(tmp_path / "in/loud.npz", audio=sound.astype(np.float32) * 5 / 32768, seed=3)
     out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out")
@@ -690,9 +687,8 @@ def test_other_orders_of_the_same_landmarks_give_the_same_clip(tmp_path, name):
         write_wav(tmp_path / folder / "a.wav", sound)
         np.save(tmp_path / folder / "a.npy", p)
         prepare(tmp_path / folder, "--out", tmp_path / f"{folder}.out")
-    assert (
-        np.abs(boxed(tmp_path / "other.out") - boxed(tmp_path / "right.out")).max() < 0.004
-    )  # pixels rounded
+    # pixels rounded
+    assert np.abs(boxed(tmp_path / "other.out") - boxed(tmp_path / "right.out")).max() < 0.004
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,8 @@ def test_pictures_hold_white_lines_and_the_colours_that_renderers_know(tmp_path)
     assert white.shape == colours.shape == (512, 512, 3)
     assert {tuple(v) for v in np.unique(white.reshape(-1, 3), axis=0)} == {(0, 0, 0), (255, 255, 255)}
     for first, last, _ in CURVES:
-        at = np.round(x[1, 1, first : last + 1].mean(0) * 512).astype(
-            int
-        )  # on the line: the grid's rows are straight
+        # on the line: the grid's rows are straight
+        at = np.round(x[1, 1, first : last + 1].mean(0) * 512).astype(int)
         near = (slice(at[1] - 2, at[1] + 3), slice(at[0] - 2, at[0] + 3))
         drawn = {tuple(v) for v in colours[near].reshape(-1, 3).tolist()}
         if last - first < 9 and first // 10 == last // 10:

@@ -161,9 +161,8 @@ def test_denoising_follows_the_gradient_of_the_density(browser, pages, flows, pr
     sound, noise, lead = voice(3, 16000), seeded_noise(75, 2), flow.config.lead
     columns = Mel(**data["mel"], fps=25, sample_rate=16000).columns(sound)[lead:]
     open_page(browser, pages, prior)
-    x = (
-        torch.from_numpy(speak(browser, sound, 16000, noise, denoise=False)).transpose(0, 1).requires_grad_()
-    )  # (2, T, 136)
+    # (2, T, 136)
+    x = torch.from_numpy(speak(browser, sound, 16000, noise, denoise=False)).transpose(0, 1).requires_grad_()
     denoised = speak(browser, sound, 16000, noise, denoise=True).transpose(1, 0, 2)
     c = torch.from_numpy(columns).double().expand(2, -1, -1)
     sigma = flow.config.noise * data["interocular"]

@@ -248,9 +248,8 @@ def test_sound_that_is_lost_in_the_middle_leaves_silence_of_its_length(tmp_path)
         slice(int(1.6 * 16000) - begin, int(1.65 * 16000) - begin),
     )
     heard_after, whole_after = heard[after][100:-100], whole[after][: len(heard[after])]
-    shifts = [
-        whole_after[100 + k : 100 + k + len(heard_after)] for k in range(-16, 17)
-    ]  # 1 ms: the file's clock
+    # 1 ms: the file's clock
+    shifts = [whole_after[100 + k : 100 + k + len(heard_after)] for k in range(-16, 17)]
     assert max(np.corrcoef(heard_after, shifted)[0, 1] for shifted in shifts) > 0.99, said
     assert not heard[hole].any()
 

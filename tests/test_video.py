@@ -100,13 +100,8 @@ def test_a_video_becomes_a_folder_through_worker_processes(tmp_path):
 
 @pytest.mark.skipif(not GRID.is_dir(), reason="no ../shared/data/grid_video")
 def test_grid_videos_are_dropped_as_measured_and_equal_the_ready_made_landmarks(tmp_path):
-    names = [
-        "s1/bbizzn",
-        "s1/pbio7a",
-        "s1/lrae3s",
-        "s1/sgib8n",
-        "s26/bgbsza",
-    ]  # two damaged, one of 74 frames
+    # two damaged, one of 74 frames
+    names = ["s1/bbizzn", "s1/pbio7a", "s1/lrae3s", "s1/sgib8n", "s26/bgbsza"]
     for name in names:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(GRID / f"{name}.mpg", tmp_path / f"in/{name}.mpg")
@@ -219,9 +214,8 @@ def test_a_phone_held_upright_gives_an_upright_face(tmp_path, clip):
     rgb, sound = clip
     path = tmp_path / "phone.mp4"
     write_video(path, np.rot90(rgb[:10], 1, (1, 2)), SECOND[:10], sound[:6400])
-    data = bytearray(
-        path.read_bytes()
-    )  # a phone writes the turn into the track header's matrix, 16.16 fixed point
+    # a phone writes the turn into the track header's matrix, 16.16 fixed point
+    data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 44
     data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, rgb.shape[1] << 16, 0, 1 << 30)
     path.write_bytes(data)
