@@ -56,6 +56,7 @@ from torch.utils.checkpoint import checkpoint
 from csrc.device import Captured, Processes, choose_device, few_threads, network_precision
 from csrc.gated_conv import fused_gated_conv, kernel_runs, load_kernel
 from csrc.one_frame import OneFrame
+from csrc.recursion import by_doubling
 from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
 from media.console import CLEAR, Interrupt, UserError
 from media.folder import TrainingFolder
@@ -438,24 +439,6 @@ def frame_by_frame(e, a1, a2, before, before2):
         before, before2 = torch.addcmul(torch.addcmul(e_t, a2, before2), a1, before), before
         r.append(before)
     return torch.stack(r, 1)
-
-
-def by_doubling(e, a1, a2, before, before2):
-    """The same in log2(T) rounds, for a GPU, where T small launches would take longer than all else. With
-    q the lag, (1 - a1 q - a2 q^2)(1 + a1 q - a2 q^2) = 1 - (a1^2 + 2 a2) q^2 - (-a2^2) q^4: filter e by
-    the second factor, and what is left is a recursion of the same form with twice the lag (Graeffe). In
-    float64: squaring coefficients that lie near the unit circle costs 1e-4 in float32 over 250 frames."""
-    dtype, e, a1, a2 = e.dtype, e.double().clone(), a1.double(), a2.double()
-    e[:, 0] += a1 * before + a2 * before2
-    if e.shape[1] > 1:
-        e[:, 1] += a2 * before
-    lag = 1
-    while lag < e.shape[1]:
-        late = F.pad(e, (0, 0, lag, 0))[:, : e.shape[1]]
-        later = F.pad(e, (0, 0, 2 * lag, 0))[:, : e.shape[1]]
-        e = e + a1 * late - a2 * later
-        a1, a2, lag = a1**2 + 2 * a2, -(a2**2), 2 * lag
-    return e.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
