@@ -53,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from csrc.device import Captured, Processes, choose_device, few_threads, network_precision
+from csrc.device import Captured, Processes, choose_device, dropout, few_threads, network_precision
 from csrc.gated_conv import fused_gated_conv, kernel_runs, load_kernel
 from csrc.one_frame import OneFrame
 from csrc.recursion import by_doubling
@@ -220,7 +220,7 @@ class ConditionTCN(nn.Module):
         for layer, cond in zip(self.layers, conds):
             h = layer(h, cond)  # (B, T, H)
             if self.training:
-                h = F.dropout(h, self.dropout)
+                h = dropout(h, self.dropout)
         return self.out(h)  # (B, T, out)
 
 

@@ -4,6 +4,7 @@ launches."""
 import os
 
 import torch
+import torch.nn.functional as F
 
 from media.console import UserError
 
@@ -33,6 +34,17 @@ def network_precision(asked, hidden, device):
     weights are."""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and gpu and hidden >= 128) else None
+
+
+def dropout(x, p):
+    """Dropout in training, on a CPU from one random byte a number, so p is rounded to 1/256: drawing a number
+    for each is the slower half of it."""
+    dropped = min(round(256 * p), 255)
+    if x.is_cuda or not dropped:
+        return F.dropout(x, p)
+    drawn = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    kept = drawn.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+    return x * (kept * (256 / (256 - dropped)))
 
 
 class Processes:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
+from csrc.device import dropout
 from media.console import UserError
 from talkingflow import (
     ActNorm,
@@ -337,6 +338,18 @@ def test_a_streams_prior_is_the_same_to_the_last_bit_for_blocks_of_any_size(bloc
     whole.remember(3), pieces.remember(3)
     r = torch.cat([pieces.sample(part) for part in noise.split(block, 1)], 1)
     assert torch.equal(r, whole.sample(noise)) and torch.equal(r, flow.prior.sample(noise))
+
+
+def test_dropout_by_bytes_keeps_each_number_as_often_and_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(333, 1001, requires_grad=True)  # no multiple of 8
+    y = dropout(x, 0.15)
+    kept = (y.detach() > 0).float().flatten()
+    assert set(y.unique().tolist()) == {0.0, float(torch.tensor(256 / 218))}
+    for byte in range(8):  # each of those that one draw gives
+        assert abs(kept[byte::8].mean() - 218 / 256) < 4 * (218 / 256 * 38 / 256 / len(kept) * 8) ** 0.5
+    assert (torch.autograd.grad(y.sum(), x)[0] == y).all()
+    assert dropout(x, 0.0) is x and dropout(x, 0.999).count_nonzero() < 0.01 * x.numel()
 
 
 def test_recomputing_gives_the_same_gradients_with_dropout_too():
