@@ -302,6 +302,7 @@ def learn_lambdas(trainer):
     variance.register_hook(lambda g: torch.cat([part.mean().expand(len(part)) for part in g.split(sizes)]))
     del prior.variance
     prior.variance = variance
+    trainer.average = copy.deepcopy(trainer.flow)
     trainer.optimizer = talkingflow.build_optimizer(trainer.flow, trainer.config)
 
 

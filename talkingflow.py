@@ -113,7 +113,8 @@ class Config:
     def preset(name):
         """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors'
         code where it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands, window,
-        look-ahead, the bounds on s and on the gradient and the dequantisation noise are this project's."""
+        look-ahead, the bounds on s and on the gradient, the dequantisation noise and the average of the
+        weights are this project's."""
         paper = dict(cond_dim=80, hidden=256, kernel_size=3, steps_per_scale=6, dropout=0.0)
         paper |= dict(prior="iid", prior_mean=False, init="random", mean_loss=0.0, weight_decay=0.0)
         paper |= dict(batch_size=128, steps=0, epochs=100, lr=1e-4, lr_final=1.0, warmup=0)
@@ -740,6 +741,7 @@ class Trainer:
         load_kernel()  # says on stderr which backend runs the networks, and why
         few_threads(self.device, config.hidden)
         self.flow = (TalkingFlow(config) if state else start_flow(config, clips, self.T)).to(self.device)
+        self.average = copy.deepcopy(self.flow)  # see `take_average`
         self.optimizer = build_optimizer(self.flow, config)
         self.step, self.best, self.beside = 0, math.inf, lambda nll: ""
         self.fade, self.skipped = torch.zeros(2, device=self.device)  # see `update`
@@ -768,6 +770,8 @@ class Trainer:
             x, c = (v.pin_memory().to(self.device, non_blocking=True) for v in (x, c))
         self.advance(x, c)
         self.step += 1
+        if self.step % 10 == 0 or self.step in (1, self.steps):
+            self.take_average()
         if self.device.type == "cpu" or self.due():  # to look makes a GPU wait
             self.look(windows)
 
@@ -780,6 +784,13 @@ class Trainer:
         self.optimizer.found_inf = bad = 1 - norm.isfinite().float()  # at 1 Adam changes nothing
         self.optimizer.step()
         self.skipped.copy_((self.skipped + 1) * bad)  # steps in a row
+
+    @torch.no_grad()
+    def take_average(self):
+        """The weights' mean over about the last tenth of the steps so far. It is validated and kept: what
+        Adam's steps add to the weights by chance goes out of it long before the learning rate falls."""
+        for mean, weight in zip(self.average.parameters(), self.flow.parameters()):
+            mean.lerp_(weight, 100 / (self.step + 100))
 
     def look(self, windows):
         """A gradient that is not finite has changed nothing; it is named, five in a row end the run."""
@@ -816,7 +827,7 @@ class Trainer:
 
     def log(self, seconds):
         """Validate, append to log.jsonl, print, keep the best weights and everything that --resume needs."""
-        train, val = (validate(self.flow, self.held[split]) for split in ("train", "val"))
+        train, val = (validate(self.average, self.held[split]) for split in ("train", "val"))
         speed = round(self.config.batch_size * self.T / seconds)
         entry = {"step": self.step, "train_nll": train, "val_nll": val, "frames_per_second": speed}
         left = datetime.timedelta(seconds=round((self.steps - self.step) * seconds))
@@ -826,23 +837,25 @@ class Trainer:
             f.write(json.dumps(entry) + "\n")
         if val < self.best:  # never true for NaN
             self.best = val
-            self.save("checkpoint.pt", val_nll=self.best)
+            self.save("checkpoint.pt", self.average, val_nll=self.best)
         self.save_resume()
 
-    def save(self, name, **more):
+    def save(self, name, flow, **more):
         state = {"format": 1, "config": dataclasses.asdict(self.config), "data": describe(self.clips)}
-        state |= {"step": self.step, "model": self.flow.state_dict(), **more}
+        state |= {"step": self.step, "model": flow.state_dict(), **more}
         write_checkpoint(self.out / name, state)
 
     def save_resume(self):
-        dropout = (torch.cuda if self.device.type == "cuda" else torch).get_rng_state()
-        optimizer, generator = self.optimizer.state_dict(), self.generator.get_state()
-        self.save("resume.pt", best=self.best, optimizer=optimizer, generator=generator, torch_rng=dropout)
+        rng = (torch.cuda if self.device.type == "cuda" else torch).get_rng_state()
+        more = {"best": self.best, "average": self.average.state_dict(), "torch_rng": rng}
+        more |= {"optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state()}
+        self.save("resume.pt", self.flow, **more)
 
     def restore(self, state):
         """Go on with the same windows and noise as if nothing had happened; alone, with the same dropout."""
         self.step, self.best = state["step"], state["best"]
         self.flow.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates):  # the file's lie on the CPU

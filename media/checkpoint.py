@@ -72,7 +72,7 @@ def check_state(state):
     """Refuse what no training writes, above all sizes that the file itself does not hold: a few bytes can
     claim terabytes. What is left is compared with the model, shape by shape, when it is loaded."""
     config, mel, fps = state["config"], state["data"]["mel"], state["data"]["fps"]
-    for name, tensor in state["model"].items():
+    for name, tensor in (*state["model"].items(), *state.get("average", {}).items()):
         if str(tensor.dtype) not in ("torch.float32", "torch.bool"):
             raise ValueError(f"{name}: {tensor.dtype}")
         if not tensor.is_contiguous() or not tensor.isfinite().all():

@@ -24,7 +24,7 @@ from media.console import UserError
 from media.landmarks import mouth_opening
 from media.sound import Mel
 from media.talkers import SyntheticFace
-from talkingflow import Clips, Config, Talker, TalkingFlow, Trainer
+from talkingflow import Clips, Config, Talker, TalkingFlow, Trainer, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
@@ -110,8 +110,23 @@ def test_validating_more_often_does_not_change_the_weights(talkers, tmp_path):
         config = Config(steps=4, hidden=8, steps_per_scale=1, eval_interval=interval)
         trainer = Trainer(config, Clips(talkers), tmp_path, "cpu")
         trainer.run()
-        weights.append(torch.cat([p.flatten() for p in trainer.flow.parameters()]))
+        both = (*trainer.flow.parameters(), *trainer.average.parameters())
+        weights.append(torch.cat([p.flatten() for p in both]))
     assert torch.equal(*weights)
+
+
+def test_the_average_of_growing_weights_lags_an_eleventh_behind(talkers, tmp_path):
+    """a_m = m / (m + 10) a_{m-1} + 10 / (m + 10) w_m, m tens of steps: for w_m = m it is 10 / 11 m."""
+    trainer = Trainer(Config(steps=900, hidden=8, steps_per_scale=1), Clips(talkers), tmp_path, "cpu")
+    weight, mean = trainer.flow.scales[0][0].actnorm.bias, trainer.average.scales[0][0].actnorm.bias
+    mean.data.zero_()
+    for trainer.step in range(10, 901, 10):
+        weight.data.fill_(trainer.step)
+        trainer.take_average()
+        assert (mean - 10 / 11 * trainer.step).abs().max() < 1e-3 * trainer.step
+    trainer.log(1.0)
+    kept = load_checkpoint(tmp_path / "checkpoint.pt")[0]
+    assert torch.equal(kept.scales[0][0].actnorm.bias, mean)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
