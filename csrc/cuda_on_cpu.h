@@ -70,6 +70,7 @@ inline std::mutex launch_lock;
 inline Thread crews[watchers::CREWS][1024], *threads = crews[0];  // the fibers; those of the running block
 inline Thread* self = nullptr;                                    // the fiber that runs
 inline size_t thread_count = 0;
+inline unsigned long long launches = 0;
 inline ucontext_t scheduler;
 inline dim3 block_index, block_size, grid_size;
 inline char* shared_memory = nullptr;
@@ -201,6 +202,7 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
         fail("grid out of range");
     if (bytes > SHARED_LIMIT) fail("more than 99 KB of shared memory");
     thread_count = count;
+    ++launches;
     block_size = block;
     grid_size = grid;
     kernel_call = &call;

@@ -15,7 +15,8 @@
 //   version 4  tensor cores: a warp multiplies 16 x 16 by 16 x 8 at once, fed by cp.async       16-bit, sm_80 and later
 // Backward keeps a and recomputes the gate from it in float32 (float64 for float64): da, which is dcond too, and parts
 // of dbias; then dx is the forward product with w transposed and taps that look ahead, dw a product summed over all
-// frames, split into parts, which one more kernel adds up.
+// frames, split into parts. One last kernel adds up the parts of both. Version 4's dx computes da itself where that
+// moves fewer bytes than a pass of its own (merges_gate).
 // No float atomics and no flags between blocks: every sum has one fixed order, so results are the same bit for bit.
 //
 // Nothing here knows PyTorch (gated_conv.cpp does). nvcc compiles this file for a GPU; g++ compiles the same text
@@ -141,6 +142,16 @@ template <class T> __global__ void dw_v1(Layer n, const T* da, const T* x, T* dw
 
 // ==== The gate's gradient, and sums of parts: shared by all versions =================================================
 //     y = p s, p = tanh(a), s = sigmoid(g):   dy/da = s (1 - p^2)   dy/dg = p s (1 - s)
+template <class T, int V>
+__device__ inline void gate_gradient(Pack<T, V>& value, Pack<T, V>& gate, const Pack<T, V>& dy) {  // a becomes da
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        const Sum<T> p = tanh_(load(value.v[i])), s = sigmoid(load(gate.v[i])), d = load(dy.v[i]);
+        store(&value.v[i], d * s * (1 - p * p));
+        store(&gate.v[i], d * p * s * (1 - s));
+    }
+}
+
 // A block of 256 threads: `lanes` (blockDim.x) groups of V neighbouring channels x 256 / lanes frames at a time, over a
 // run of GATE_RUN such steps. It writes da, which is dcond too, and its part of dbias: sums of da over its frames,
 // first in a thread, then over the block's threads in their order. Grid: x = runs of frames, y = groups of channels.
@@ -157,20 +168,16 @@ __global__ void __launch_bounds__(GATE_THREADS) gate_backward(Layer n, const T* 
         const long long row = first + step * blockDim.y;
         if (row >= rows || c >= n.H) break;
         using P = Pack<T, V>;
-        const P value = *reinterpret_cast<const P*>(a + row * 2 * n.H + c),
-                gate = *reinterpret_cast<const P*>(a + row * 2 * n.H + n.H + c),
-                g = *reinterpret_cast<const P*>(dy + row * n.H + c);
-        P dvalue, dgate;
+        P value = *reinterpret_cast<const P*>(a + row * 2 * n.H + c),
+          gate = *reinterpret_cast<const P*>(a + row * 2 * n.H + n.H + c);
+        gate_gradient(value, gate, *reinterpret_cast<const P*>(dy + row * n.H + c));
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-            const A p = tanh_(load(value.v[i])), s = sigmoid(load(gate.v[i])), d = load(g.v[i]);
-            store(&dvalue.v[i], d * s * (1 - p * p));
-            store(&dgate.v[i], d * p * s * (1 - s));
-            sum[0][i] += load(dvalue.v[i]);
-            sum[1][i] += load(dgate.v[i]);
+            sum[0][i] += load(value.v[i]);
+            sum[1][i] += load(gate.v[i]);
         }
-        *reinterpret_cast<P*>(da + row * 2 * n.H + c) = dvalue;
-        *reinterpret_cast<P*>(da + row * 2 * n.H + n.H + c) = dgate;
+        *reinterpret_cast<P*>(da + row * 2 * n.H + c) = value;
+        *reinterpret_cast<P*>(da + row * 2 * n.H + n.H + c) = gate;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -187,19 +194,27 @@ __global__ void __launch_bounds__(GATE_THREADS) gate_backward(Layer n, const T* 
     }
 }
 
-// out[i] = parts[0, i] + parts[1, i] + ...: always in one order. A block of 32 x 8 threads owns 32 outputs; row y adds
-// every eighth part from y on, then one thread adds the eight. Grid: x = blocks of 32 over `size`.
-template <class T> __global__ void __launch_bounds__(256)
-    sum_parts(long long size, int count, const Sum<T>* parts, T* out) {
+// out[i] = parts[0, i] + parts[1, i] + ...: always in one order, of dw and dbias in one launch. A block of 32 x 8
+// threads owns 32 outputs; row y adds every eighth part from y on, then one thread adds the eight. Grid: x = blocks of
+// 32 over dw, then over dbias.
+template <class T> struct Parts {
+    const Sum<T>* parts;  // (count, size)
+    int count;
+    long long size;
+    T* out;
+};
+template <class T> __global__ void __launch_bounds__(256) sum_parts(Parts<T> dw, Parts<T> dbias) {
     SHARED(Sum<T>, sums);  // (8, 32)
-    const long long i = (long long)blockIdx.x * 32 + threadIdx.x;
+    const long long blocks = ceil_div(dw.size, 32);
+    const Parts<T> of = blockIdx.x < blocks ? dw : dbias;
+    const long long i = (blockIdx.x < blocks ? blockIdx.x : blockIdx.x - blocks) * 32 + threadIdx.x;
     Sum<T> sum = 0;
-    for (int part = threadIdx.y; i < size && part < count; part += 8) sum += parts[part * size + i];
+    for (int part = threadIdx.y; i < of.size && part < of.count; part += 8) sum += of.parts[part * of.size + i];
     sums[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y > 0 || i >= size) return;
+    if (threadIdx.y > 0 || i >= of.size) return;
     for (int y = 1; y < 8; ++y) sum += sums[y * 32 + threadIdx.x];
-    store(&out[i], sum);
+    store(&of.out[i], sum);
 }
 
 // ==== Version 2: a tile in shared memory =============================================================================
@@ -659,22 +674,56 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
     }
 }
 
+// da, computed by dx itself: of both slots' frames and the halo after them, all 2H rows, into a tile of shared memory
+// (chunks, SLOTS * rows, 32). The frames that are the block's own (`times` of each slot) go to da too, unless that is
+// null. V channels at a time.
+__device__ inline int place(int chunk_size, int r, int o) {
+    return o / 32 * chunk_size + swizzle32(r, o % 32 / 8) + o % 8;
+}
+template <int V, class T>
+__device__ inline void gate_tile(const Layer& n, const Slot& first, const Slot& second, int times, int rows,
+                                 const T* dy, const T* a, T* da, T* tile) {
+    using P = Pack<T, V>;
+    const int size = SLOTS * rows * DEPTH4, groups = n.H / V,
+              tail = (int)ceil_div(2LL * n.H, DEPTH4) * DEPTH4 - 2 * n.H;
+    for (int p = threadIdx.x; p < SLOTS * rows * groups; p += THREADS) {
+        const int c = p % groups * V, r = p / groups, t = (r < rows ? first.t0 : second.t0 - rows) + r;
+        P value = {}, gate = {};
+        if (t < n.T) {
+            const long long row = (r < rows ? first.item : second.item) + t;
+            value = *reinterpret_cast<const P*>(a + row * 2 * n.H + c);
+            gate = *reinterpret_cast<const P*>(a + row * 2 * n.H + n.H + c);
+            gate_gradient(value, gate, *reinterpret_cast<const P*>(dy + row * n.H + c));
+            if (da && r % rows < times) {
+                *reinterpret_cast<P*>(da + row * 2 * n.H + c) = value;
+                *reinterpret_cast<P*>(da + row * 2 * n.H + n.H + c) = gate;
+            }
+        }
+        *reinterpret_cast<P*>(tile + place(size, r, c)) = value;
+        *reinterpret_cast<P*>(tile + place(size, r, n.H + c)) = gate;
+    }
+    for (int p = threadIdx.x; p < SLOTS * rows * tail; p += THREADS)  // the last chunk's rows behind 2H
+        store(&tile[place(size, p / tail, 2 * n.H + p % tail)], 0.0f);
+}
+
 // dx. A warp: one slot's 16 M frames x 32 input channels: 16 M sums a lane. The sum runs over the rows of w, which lie
 // across (input channels fastest): ldmatrix transposes them on the way.
+// da is copied stage by stage; or, MERGED, computed once for all stages while the first weights arrive. Then the first
+// column of blocks writes da and, as its part of dbias, the sum over its own frames.
 // Grid: x = pairs of slots, y = tiles of 64 input channels.
-template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
-    dx_v4(Layer n, int unit_g, int unit_w, const T* da, const T* w, T* dx) {
-    const int halo = (n.K - 1) * n.dilation, rows = 16 * M + halo;
-    const int g_size = SLOTS * rows * DEPTH4, stage_size = g_size + n.K * DEPTH4 * CHANNELS4;
-    SHARED(T, stages);  // two stages of: da (SLOTS, rows, 32), weights (K, 32, 64), both swizzled
+template <class T, int M, bool MERGED> __global__ void __launch_bounds__(THREADS, 2)
+    dx_v4(Layer n, int unit_g, int unit_w, bool wide, const T* dy, const T* a, T* da, float* parts, const T* w, T* dx) {
+    const int halo = (n.K - 1) * n.dilation, rows = 16 * M + halo, chunks = (int)ceil_div(2LL * n.H, DEPTH4);
+    const int g_size = SLOTS * rows * DEPTH4, w_size = n.K * DEPTH4 * CHANNELS4;
+    SHARED(T, g_stages);  // two stages (or all, MERGED) of da (SLOTS, rows, 32), swizzled
+    T* const w_stages = g_stages + (MERGED ? chunks : 2) * g_size;  // two of weights (K, 32, 64), swizzled
     const int tid = threadIdx.x, lane = tid % 32, slot = tid / 64, group = tid / 32 % 2, c0 = blockIdx.y * CHANNELS4;
-    const int chunks = (int)ceil_div(2LL * n.H, DEPTH4);
     const Slot first(n, 16 * M, 0), second(n, 16 * M, 1), to = slot ? second : first;
 
     const auto load_stage = [&](int chunk) {
-        T* const gs = stages + chunk % 2 * stage_size;
-        T* const ws = gs + g_size;
-        for (int p = tid; p < SLOTS * rows * 4; p += THREADS) {
+        T* const gs = g_stages + chunk % 2 * g_size;
+        T* const ws = w_stages + chunk % 2 * w_size;
+        for (int p = tid; !MERGED && p < SLOTS * rows * 4; p += THREADS) {
             const int piece = p % 4, r = p / 4, o = chunk * DEPTH4 + piece * 8;
             const int t = (r < rows ? first.t0 : second.t0 - rows) + r;
             const long long row = (r < rows ? first.item : second.item) + t;
@@ -692,12 +741,17 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
 
     float sum[M][4][4] = {};  // (16 frames, 8 input channels, element of D)
     load_stage(0);
+    if (MERGED) {
+        T* const own = blockIdx.y == 0 ? da : nullptr;
+        if (wide) gate_tile<8>(n, first, second, 16 * M, rows, dy, a, own, g_stages);
+        else gate_tile<1>(n, first, second, 16 * M, rows, dy, a, own, g_stages);
+    }
     for (int chunk = 0; chunk < chunks; ++chunk) {
         wait_for_copies();
         __syncthreads();
         if (chunk + 1 < chunks) load_stage(chunk + 1);
-        const T* const gs = stages + chunk % 2 * stage_size;
-        const T* const ws = gs + g_size;
+        const T* const gs = g_stages + (MERGED ? chunk : chunk % 2) * g_size;
+        const T* const ws = w_stages + chunk % 2 * w_size;
         for (int k = 0; k < n.K; ++k) {
 #pragma unroll
             for (int i = 0; i < DEPTH4; i += 16) {
@@ -736,6 +790,12 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
                 }
             }
         }
+    }
+    for (int o = tid; MERGED && blockIdx.y == 0 && o < 2 * n.H; o += THREADS) {
+        float total = 0;
+        for (int r = 0; r < SLOTS * 16 * M; ++r)
+            total += load(g_stages[place(g_size, r / (16 * M) * rows + r % (16 * M), o)]);
+        parts[(long long)blockIdx.x * 2 * n.H + o] = total;
     }
 }
 
@@ -838,9 +898,9 @@ inline long long shared_forward_v4(const Layer& n, int M) {
     const long long rows = 16 * M + (n.K - 1LL) * n.dilation;
     return 2 * 2 * DEPTH4 * (SLOTS * rows + 2LL * n.K * PAIRS4);
 }
-inline long long shared_dx_v4(const Layer& n, int M) {
-    const long long rows = 16 * M + (n.K - 1LL) * n.dilation;
-    return 2 * 2 * DEPTH4 * (SLOTS * rows + 1LL * n.K * CHANNELS4);
+inline long long shared_dx_v4(const Layer& n, int M, bool merged) {
+    const long long rows = 16 * M + (n.K - 1LL) * n.dilation, stages = merged ? ceil_div(2LL * n.H, DEPTH4) : 2;
+    return 2 * DEPTH4 * (stages * SLOTS * rows + 2LL * n.K * CHANNELS4);
 }
 inline long long shared_dw_v4(const Layer& n, int taps) {
     return 2 * 2 * 64 * (2LL * DW_TIMES + (taps - 1LL) * n.dilation);
@@ -853,6 +913,21 @@ inline long long shared_dw_v4(const Layer& n, int taps) {
 inline bool long_tiles(const Layer& n) {
     return ceil_div(n.B * ceil_div(n.T, 80), SLOTS) * ceil_div(n.H, PAIRS4) >= FULL_BLOCKS &&
            shared_forward_v4(n, 5) <= SM_80_ON;  // dx and dw need less
+}
+inline long long pairs_of_slots(const Layer& n) {
+    return ceil_div(n.B * ceil_div(n.T, long_tiles(n) ? 80 : 16), SLOTS);
+}
+// Whether dx of version 4 computes da. dx reads each number of da R times: once for every tile of 64 input channels,
+// and the halo again. In units of B T H numbers, a pass of its own for the gate moves 3 in (a, dy) and 2 out (da), then
+// dx reads 2 R: 5 + 2 R. Merged: 3 R in, 2 out. So merged is less where R < 3 and the tile of all da fits.
+#ifndef MERGE_BELOW
+#define MERGE_BELOW 3  // tests take both ways
+#endif
+inline bool merges_gate(int version, const Layer& n) {
+    const int M = long_tiles(n) ? 5 : 1;
+    const long long rows = 16 * M + (n.K - 1LL) * n.dilation;
+    return version == 4 && (long long)n.B * n.T * n.C > 0 && ceil_div(n.C, CHANNELS4) * rows < MERGE_BELOW * 16 * M &&
+           shared_dx_v4(n, M, true) <= SM_80_ON;
 }
 // How many taps a block of dw_v4 takes: as many as share a tile of x no longer than the halo it is for.
 inline int dw_taps(const Layer& n) {
@@ -876,9 +951,11 @@ inline int gate_lanes(const Layer& n, int V) {
     while (lanes > 1 && lanes / 2 * V >= n.H) lanes /= 2;
     return lanes;
 }
-inline bool gate_is_wide(const Layer& n, int wide) { return n.H % wide == 0; }
 inline long long gate_runs(const Layer& n, int V) {
     return ceil_div((long long)n.B * n.T, GATE_THREADS / gate_lanes(n, V) * GATE_RUN);
+}
+template <class T> inline bool gate_is_wide(const Layer& n, int V, const T* dy, const T* a) {
+    return n.H % V == 0 && (uintptr_t)dy % 16 == 0 && (uintptr_t)a % 16 == 0;
 }
 
 // Was version 4 compiled for, and can this device run, these tensor cores? (PTX made for sm_75 would only trap.)
@@ -941,29 +1018,29 @@ static const char* run_forward(int version, const Layer& n, const T* x, const T*
     return nullptr;
 }
 
+// da, and parts of dbias: `runs` of them.
 template <class T>
-static const char* run_gate(const Layer& n, const T* dy, const T* a, T* da, T* dbias, Sum<T>* parts, void* stream) {
+static const char* run_gate(const Layer& n, const T* dy, const T* a, T* da, Sum<T>* parts, int& runs, void* stream) {
     constexpr int V = WIDE<T>;
-    const bool wide = gate_is_wide(n, V) && (uintptr_t)dy % 16 == 0 && (uintptr_t)a % 16 == 0;
+    const bool wide = gate_is_wide(n, V, dy, a);
     const int lanes = gate_lanes(n, V), one = gate_lanes(n, 1), rows = GATE_THREADS / (wide ? lanes : one);
-    const long long runs = gate_runs(n, wide ? V : 1);
     const long long bytes = 2LL * GATE_THREADS * (wide ? V : 1) * sizeof(Sum<T>);
+    runs = (int)gate_runs(n, wide ? V : 1);
     if (runs > 0 && wide)
         LAUNCH((gate_backward<T, V>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, lanes * V)), dim3(lanes, rows),
                bytes, stream, n, dy, a, da, parts);
     if (runs > 0 && !wide)
         LAUNCH((gate_backward<T, 1>), dim3((unsigned)runs, (unsigned)ceil_div(n.H, one)), dim3(one, rows), bytes,
                stream, n, dy, a, da, parts);
-    LAUNCH(sum_parts<T>, blocks_for(2 * n.H, 32), dim3(32, 8), 256 * sizeof(Sum<T>), stream, 2LL * n.H, (int)runs,
-           parts, dbias);
     return nullptr;
 }
 
-template <class T, int M>
-static const char* run_dx_v4(const Layer& n, const T* da, const T* w, T* dx, void* stream) {
-    const dim3 grid((unsigned)ceil_div(n.B * ceil_div(n.T, 16 * M), SLOTS), (unsigned)ceil_div(n.C, CHANNELS4));
-    LAUNCH((dx_v4<T, M>), grid, dim3(THREADS), shared_dx_v4(n, M), stream, n, alignment_of(da, 2LL * n.H),
-           alignment_of(w, n.C), da, w, dx);
+template <class T, int M, bool MERGED>
+static const char* run_dx_v4(const Layer& n, const T* dy, const T* a, T* da, float* parts, const T* w, T* dx,
+                             void* stream) {
+    const dim3 grid((unsigned)pairs_of_slots(n), (unsigned)ceil_div(n.C, CHANNELS4));
+    LAUNCH((dx_v4<T, M, MERGED>), grid, dim3(THREADS), shared_dx_v4(n, M, MERGED), stream, n,
+           alignment_of(da, 2LL * n.H), alignment_of(w, n.C), gate_is_wide(n, WIDE<T>, dy, a), dy, a, da, parts, w, dx);
     return nullptr;
 }
 
@@ -977,21 +1054,26 @@ static const char* run_dw_v4(const Layer& n, const T* da, const T* x, float* par
 }
 
 template <class T>
-static const char* run_dx(int version, const Layer& n, const T* da, const T* w, T* dx, void* stream) {
+static const char* run_dx(int version, const Layer& n, const T* dy, const T* a, T* da, Sum<T>* parts, const T* w,
+                          T* dx, void* stream) {
     const int element = sizeof(Sum<T>);
     if (version == 1)
-        LAUNCH(dx_v1<T>, blocks_for((long long)n.B * n.T * n.C, 128), dim3(128), 0, stream, n, da, w, dx);
+        LAUNCH(dx_v1<T>, blocks_for((long long)n.B * n.T * n.C, 128), dim3(128), 0, stream, n, (const T*)da, w, dx);
     if (version == 2) {
         const dim3 grid((unsigned)(n.B * ceil_div(n.T, SIDE)), (unsigned)ceil_div(n.C, SIDE));
-        LAUNCH(dx_v2<T>, grid, dim3(SIDE * SIDE), shared_v2(n, element), stream, n, da, w, dx);
+        LAUNCH(dx_v2<T>, grid, dim3(SIDE * SIDE), shared_v2(n, element), stream, n, (const T*)da, w, dx);
     }
     if (version == 3) {
         const dim3 grid((unsigned)(n.B * ceil_div(n.T, TIMES)), (unsigned)ceil_div(n.C, ROWS));
-        LAUNCH(dx_v3<T>, grid, dim3(THREADS), shared_v3(n, element), stream, n, da, w, dx);
+        LAUNCH(dx_v3<T>, grid, dim3(THREADS), shared_v3(n, element), stream, n, (const T*)da, w, dx);
     }
     if constexpr (IS_16_BIT<T>) {
+        if (version == 4 && merges_gate(4, n))
+            return long_tiles(n) ? run_dx_v4<T, 5, true>(n, dy, a, da, parts, w, dx, stream)
+                                 : run_dx_v4<T, 1, true>(n, dy, a, da, parts, w, dx, stream);
         if (version == 4)
-            return long_tiles(n) ? run_dx_v4<T, 5>(n, da, w, dx, stream) : run_dx_v4<T, 1>(n, da, w, dx, stream);
+            return long_tiles(n) ? run_dx_v4<T, 5, false>(n, dy, a, da, parts, w, dx, stream)
+                                 : run_dx_v4<T, 1, false>(n, dy, a, da, parts, w, dx, stream);
     }
     return nullptr;
 }
@@ -1016,19 +1098,30 @@ static const char* run_dw(int version, const Layer& n, const T* da, const T* x, 
                                           : run_dw_v4<T, 1>(n, da, x, parts, stream);
         if (problem) return problem;
     }
-    LAUNCH(sum_parts<T>, blocks_for(weights, 32), dim3(32, 8), 256 * element, stream, weights, splits, parts, dw);
     return nullptr;
+}
+
+// The workspace: parts of dbias, then parts of dw. Elements of the first.
+inline long long dbias_parts(int version, const Layer& n) {
+    return n.H > 0 ? 2LL * n.H * (merges_gate(version, n) ? pairs_of_slots(n) : gate_runs(n, 1)) : 0;
 }
 
 template <class T>
 static const char* run_backward(int version, const Layer& n, const T* dy, const T* a, const T* x, const T* w, T* da,
                                 T* dx, T* dw, T* dbias, void* workspace, void* stream) {
-    const char* problem = check(n);
-    if (!problem && n.H > 0) problem = run_gate(n, dy, a, da, dbias, static_cast<Sum<T>*>(workspace), stream);
-    if (!problem && (long long)n.B * n.T * n.C > 0) problem = run_dx(version, n, da, w, dx, stream);
-    if (!problem && (long long)n.H * n.C > 0)
-        problem = run_dw(version, n, da, x, dw, static_cast<Sum<T>*>(workspace), stream);
-    return problem;
+    if (const char* problem = check(n)) return problem;
+    Sum<T>*const of_dbias = static_cast<Sum<T>*>(workspace), *const of_dw = of_dbias + dbias_parts(version, n);
+    const char* problem = nullptr;
+    int runs = (int)pairs_of_slots(n);
+    if (n.H > 0 && !merges_gate(version, n)) problem = run_gate(n, dy, a, da, of_dbias, runs, stream);
+    if (!problem && (long long)n.B * n.T * n.C > 0) problem = run_dx(version, n, dy, a, da, of_dbias, w, dx, stream);
+    if (!problem && (long long)n.H * n.C > 0) problem = run_dw(version, n, da, x, dw, of_dw, stream);
+    if (problem || n.H == 0) return problem;
+    const long long weights = version < 3 ? 0 : 2LL * n.H * n.K * n.C;  // versions 1 and 2 have no parts of dw
+    const Parts<T> for_dw{of_dw, splits_of(version, n), weights, dw}, for_dbias{of_dbias, runs, 2LL * n.H, dbias};
+    LAUNCH(sum_parts<T>, dim3((unsigned)(ceil_div(weights, 32) + ceil_div(2 * n.H, 32))), dim3(32, 8),
+           256 * sizeof(Sum<T>), stream, for_dw, for_dbias);
+    return nullptr;
 }
 
 // The C interface of gated_conv.h. GATED_CONV_DTYPES may name fewer types for a quicker build.
@@ -1069,8 +1162,6 @@ extern "C" int gated_conv_version(int dtype, int version, const Layer* n) {
     return version > 0 && version < 5 && fits[version] ? version : 0;
 }
 
-extern "C" long long gated_conv_workspace(int version, const Layer* n) {  // dbias's parts, then dw's in their place
-    const long long gate = n->H > 0 ? gate_runs(*n, 1) * 2 * n->H : 0, dw = 2LL * n->H * n->K * n->C;
-    const long long parts = dw * splits_of(version, *n);
-    return gate > parts ? gate : parts;
+extern "C" long long gated_conv_workspace(int version, const Layer* n) {
+    return dbias_parts(version, *n) + 2LL * n->H * n->K * n->C * splits_of(version, *n);
 }

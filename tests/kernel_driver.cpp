@@ -3,10 +3,13 @@
 //     kernel_driver            all cases in four thread orders (or CUDA_ON_CPU_ORDER): same bits; exit 1 at a difference
 //     kernel_driver 1 ... 4    one version only
 //     kernel_driver big        the last block of tensors with more than 2^31 elements (sparse memory)
+//     kernel_driver launches   how many kernels a layer's forward and backward are
 //     kernel_driver race|past  a kernel with a known fault, which the sanitizer at hand must report
 // -DVERSIONS=3 leaves the tensor cores out: emulated, they are slow.
 #define DW_BLOCKS 4    // each of dw's splits sums several chunks
 #define FULL_BLOCKS 3  // long and short tiles of frames both occur
+static int merge_below = 3;  // version 4's dx computes da itself: as the product does, always (99), never (0)
+#define MERGE_BELOW merge_below
 #include "gated_conv.cu"
 #include <string>
 
@@ -43,7 +46,19 @@ static bool same(const char* name, double got, double wanted, double tolerance) 
     return false;
 }
 
-template <class T> static bool run(int dtype, int version, const Case& c, uint64_t* bits, double tolerance) {
+struct Bits {  // of y, a, da, dx, dw; of dbias, whose frames are added in other groups where the gate is merged
+    uint64_t sums = 0, dbias = 0;
+};
+template <class T> static uint64_t hash(std::initializer_list<const Buffer<T>*> all) {
+    uint64_t bits = 14695981039346656037ull;
+    for (const Buffer<T>* v : all) {
+        for (size_t i = 0; i < v->size * sizeof(T); ++i)
+            bits = (bits ^ ((const unsigned char*)v->data)[i]) * 1099511628211ull;
+    }
+    return bits;
+}
+
+template <class T> static bool run(int dtype, int version, const Case& c, Bits* bits, double tolerance) {
     const int B = c.B, TT = c.T, C = c.C, H = c.H, K = c.K;
     const Layer n{B, TT, C, H, K, c.dilation, C + c.extra, 2 * H + c.extra};
     if (gated_conv_version(dtype, version, &n) != version) return true;  // where the tile does not fit
@@ -92,11 +107,7 @@ template <class T> static bool run(int dtype, int version, const Case& c, uint64
         if (!same("dw", dw[i], wdw[i], tolerance * (1 + fabs(wdw[i])))) return false;
     for (size_t i = 0; i < dbias.size; ++i)
         if (!same("dbias", dbias[i], wdb[i], tolerance * (1 + fabs(wdb[i])))) return false;
-    *bits = 14695981039346656037ull;
-    for (const Buffer<T>* v : {&y, &a, &da, &dx, &dw, &dbias}) {
-        for (size_t i = 0; i < v->size * sizeof(T); ++i)
-            *bits = (*bits ^ ((const unsigned char*)v->data)[i]) * 1099511628211ull;
-    }
+    *bits = {hash<T>({&y, &a, &da, &dx, &dw}), hash<T>({&dbias})};
     return true;
 }
 
@@ -120,13 +131,16 @@ template <class T> static bool run_big(int version, long long B, long long frame
     for (long long i = rows * C - 64; i < rows * C; ++i) store(&x[i], 1.0f);
     const T* const none = nullptr;
     const char* problem = run_forward(version, n, (const T*)x, (const T*)w, none, none, y, a, nullptr);
-    if (!problem) problem = run_gate(n, (const T*)y, (const T*)a, da, dbias, parts, nullptr);  // dy = y: p s
-    if (!problem) problem = run_dx(version, n, (const T*)da, (const T*)w, dx, nullptr);
+    int runs;
+    const bool merged = merges_gate(version, n);
+    if (!problem && !merged) problem = run_gate(n, (const T*)y, (const T*)a, da, parts, runs, nullptr);  // dy = y: p s
+    if (!problem) problem = run_dx(version, n, (const T*)y, (const T*)a, da, parts, (const T*)w, dx, nullptr);
     if (problem) return printf("%s\n", problem), false;
     const double p = tanh(.5), s = 1 / (1 + exp(-.25)), g = s * (1 - p * p), gg = p * s * (1 - s);
     const double tolerance = sizeof(T) == 2 ? 4e-3 : 1e-6;
     const bool ok = same("y", load(y[rows * H - 1]), p * s, tolerance) &&
                     same("a", load(a[rows * 2 * H - 1]), .25, tolerance) &&
+                    same("da", load(da[rows * 2 * H - 1]), p * s * gg, tolerance) &&
                     same("dx", load(dx[rows * C - 1]), p * s * (.5 * g + .25 * gg), tolerance);
     munmap(x, rows * C * sizeof(T)), munmap(y, rows * H * sizeof(T)), munmap(a, rows * 2 * H * sizeof(T));
     munmap(da, rows * 2 * H * sizeof(T)), munmap(dx, rows * C * sizeof(T));
@@ -155,8 +169,11 @@ static bool all_big() {
             where = "big, version " + std::to_string(version);
             if (!run_big<float>(version, size[0], size[1])) return false;
         }
-        where = "big, version 4";
-        if (VERSIONS == 4 && !run_big<__nv_bfloat16>(4, size[0], size[1])) return false;
+        for (const int below : {0, 99}) {
+            merge_below = below;
+            where = "big, version 4, merge_below " + std::to_string(below);
+            if (VERSIONS == 4 && !run_big<__nv_bfloat16>(4, size[0], size[1])) return false;
+        }
     }
     return true;
 }
@@ -165,25 +182,58 @@ static bool all_cases(int only) {
     const std::string wanted = getenv("CUDA_ON_CPU_ORDER") ? getenv("CUDA_ON_CPU_ORDER") : "";
     for (const Case& c : CASES)
         for (int version = only ? only : 1; version <= (only ? only : VERSIONS); ++version) {
-            uint64_t first = 0;
-            for (const std::string order : {"ascending", "descending", "shuffle:1", "shuffle:2"}) {
-                if (wanted != "" ? wanted != order : version == 4 && order[0] == 's') continue;  // slow here
-                setenv("CUDA_ON_CPU_ORDER", order.c_str(), 1);
-                where = "version " + std::to_string(version) + ", T = " + std::to_string(c.T) + ", " + order;
-                uint64_t bits = 0;
-                const bool right = version == 4 ? run<__nv_bfloat16>(3, 4, c, &bits, 2e-2)
-                                                : run<float>(0, version, c, &bits, 2e-5);
-                if (!right) return false;
-                if (!first) first = bits;
-                if (bits != first) return printf("%s: other bits than in ascending order\n", where.c_str()), false;
+            uint64_t sums = 0;
+            for (const int below : {99, 0}) {
+                if (version < 4 && below == 0) continue;
+                uint64_t dbias = 0;
+                for (const std::string order : {"ascending", "descending", "shuffle:1", "shuffle:2"}) {
+                    if (wanted != "" ? wanted != order : version == 4 && order[0] == 's') continue;  // slow here
+                    setenv("CUDA_ON_CPU_ORDER", order.c_str(), 1);
+                    merge_below = below;
+                    where = "version " + std::to_string(version) + ", T = " + std::to_string(c.T) + ", " + order +
+                            (version < 4 ? "" : below ? ", gate merged" : ", gate apart");
+                    Bits bits;
+                    const bool right = version == 4 ? run<__nv_bfloat16>(3, 4, c, &bits, 2e-2)
+                                                    : run<float>(0, version, c, &bits, 2e-5);
+                    if (!right) return false;
+                    if (!sums) sums = bits.sums;
+                    if (!dbias) dbias = bits.dbias;
+                    if (bits.sums != sums || bits.dbias != dbias)
+                        return printf("%s: other bits than in the first run\n", where.c_str()), false;
+                }
             }
         }
+    return true;
+}
+
+// Kernels that a layer launches: forward + backward of the demo's layer, and of one with four tiles of input channels.
+static bool count_launches() {
+    setenv("CUDA_ON_CPU_BLOCKS", "last", 1);
+    for (int version = 1; version <= VERSIONS; ++version) {
+        printf("version %d:", version);
+        for (const Case& c : {Case{8, 74, 64, 64, 2, 4, true, true, 0}, Case{1, 16, 256, 8, 3, 4, true, true, 0}}) {
+            const Layer n{c.B, c.T, c.C, c.H, c.K, c.dilation, c.C, 2 * c.H};
+            const size_t rows = (size_t)c.B * c.T;
+            using T = __nv_bfloat16;
+            const Buffer<T> x(rows * c.C, 1), w(2 * c.H * c.K * c.C, 2), y(rows * c.H, 3), a(rows * 2 * c.H, 4),
+                da(a.size), dx(x.size), dw(w.size), dbias(2 * c.H);
+            const Buffer<float> workspace(gated_conv_workspace(version, &n));
+            unsigned long long before = cuda_on_cpu::launches;
+            gated_conv_forward(3, version, &n, x.data, w.data, nullptr, nullptr, y.data, a.data, nullptr);
+            const unsigned long long forward = cuda_on_cpu::launches - before;
+            gated_conv_backward(3, version, &n, y.data, a.data, x.data, w.data, da.data, dx.data, dw.data, dbias.data,
+                                workspace.data, nullptr);
+            printf(" %llu + %llu", forward, cuda_on_cpu::launches - before - forward);
+        }
+        printf("\n");
+    }
     return true;
 }
 
 int main(int argc, char** argv) {
     const std::string what = argc > 1 ? argv[1] : "";
     if (what == "race" || what == "past") return printf("%s\n", run_faulty(what == "race")), 3;
+    if (what == "launches") return !count_launches();
     if (!(what == "big" ? all_big() : all_cases(atoi(what.c_str())))) return 1;
     printf("all right\n");
     return 0;
