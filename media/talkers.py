@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import scipy.fft
 
 from media.sound import SAMPLE_RATE
 
@@ -64,6 +63,8 @@ def utter(phones, rng):
     resonators at the formants for the voice, one for the noise. Short-time Fourier filtering with overlap-add
     needs no loop over samples. All of it is causal: no sample before a phone's first frame depends on the
     phone."""
+    import scipy.fft  # float32 stays float32; here, so that a machine without librosa's SciPy can train
+
     S = len(phones) * SAMPLE_RATE // FPS
     n = S // BLOCK + 1  # filters
     fades_in = (np.arange(n) * BLOCK - HALF).clip(0)  # a filter, before its block
