@@ -1,6 +1,6 @@
 """How fast is it? On a GPU: the layer, a training step, sampling and streaming, as PyTorch runs them and by
 every rung of csrc/, timed by replaying CUDA graphs, so that launches do not count. Without a GPU: what the
-compiler says of the kernels (registers, spills, instructions). Prints Markdown tables to paste.
+compiler says of the kernels (registers, spills, instructions). Prints one Markdown table to paste.
 
     python tests/benchmark.py [--arch 80,90]
     python tests/benchmark_cpu.py               the CPU part: one core, beside a textbook form of the flow
@@ -9,12 +9,14 @@ compiler says of the kernels (registers, spills, instructions). Prints Markdown 
 import argparse
 import collections
 import functools
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -31,10 +33,10 @@ SHAPES = {  # name: B, T, C, H, K, dilation
     "paper, first layer": (128, 80, 68, 256, 3, 1),
     "long clips": (128, 256, 128, 128, 3, 8),
     "demo": (8, 74, 64, 64, 2, 4),
-    "one streamed frame": (1, 17, 256, 256, 3, 8),
 }
 # TFLOP/s of float32 products (TF32 where it exists), of 16-bit ones, TB/s: data sheets, SXM, dense.
 GPUS = {"V100": (15.7, 125, 0.9), "A100": (156, 312, 2.04), "H100": (495, 989, 3.35), "H200": (495, 989, 4.8)}
+RUNGS = {1: "naive", 2: "tile", 3: "registers", 4: "tensor cores"}
 
 
 # ---- The roofline, and what the compiler says: no GPU needed
@@ -45,23 +47,28 @@ def work(B, T, C, H, K, size):
     return 4 * B * T * H * C * K, size * (B * T * C + 2 * H * K * C + 2 * H + B * T * 5 * H)
 
 
-def floor_us(shape, dtype, peaks):
-    """The least microseconds of a forward layer on a GPU of these peaks."""
-    size = torch.finfo(dtype).bits // 8
-    flop, traffic = work(*shape[:5], size)
-    return max(flop / peaks[size == 2] / 1e6, traffic / peaks[2] / 1e6)
+def floors_us(shape, dtype, peaks):
+    """The least microseconds of a layer on a GPU of these peaks, every byte once: forward; and training,
+    which is forward, the gate's gradient (a, dy in, da out), dx and dw (da and x or w in) one after the
+    other."""
+    B, T, C, H, K, _ = shape
+    size = dtype.itemsize
+    flop, traffic = work(B, T, C, H, K, size)
+    product = size * (B * T * (2 * H + C) + 2 * H * K * C)
+    kernels = [(flop, traffic), (0, size * 5 * B * T * H), (flop, product), (flop, product)]
+    least = [max(flop / peaks[size == 2] / 1e6, moved / peaks[2] / 1e6) for flop, moved in kernels]
+    return least[0], sum(least)
 
 
 def roofline_table():
-    print("Floors of one forward layer, us (data-sheet peaks, every byte once): float32 / 16-bit\n")
-    print(f"| layer | GFLOP | MB 16-bit | {' | '.join(GPUS)} |\n|---|---|---|{'---|' * len(GPUS)}")
+    print("Floors of a layer, us: forward / training in 16 bits (data-sheet peaks, every byte once)\n")
+    print(f"| layer | GFLOP | MB | {' | '.join(GPUS)} |\n|---|---|---|{'---|' * len(GPUS)}")
     for name, shape in SHAPES.items():
-        flop, size = work(*shape[:5], 2)
+        flop, moved = work(*shape[:5], 2)
         floors = (
-            f"{floor_us(shape, torch.float32, g):.1f} / {floor_us(shape, torch.bfloat16, g):.1f}"
-            for g in GPUS.values()
+            "{:.1f} / {:.1f}".format(*floors_us(shape, torch.bfloat16, peaks)) for peaks in GPUS.values()
         )
-        print(f"| {name} | {flop / 1e9:.2f} | {size / 1e6:.1f} | {' | '.join(floors)} |")
+        print(f"| {name} | {flop / 1e9:.2f} | {moved / 1e6:.1f} | {' | '.join(floors)} |")
 
 
 def find_tool(name):
@@ -121,38 +128,87 @@ def static_table(arch):
         print(f"| {name}{numbers} | {kind} | {registers} | {stack} | {spill} | {top} |")
 
 
-# ---- Clocks: microseconds of one call
+# ---- Clocks
 
 
-def replay_us(function, calls=10, repeats=15):
-    """Median over replays of a CUDA graph of `calls` calls: what the GPU takes, without launches."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()  # sets up what must not be captured: compilers, workspaces
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return launched_us(graph.replay, repeats) / calls
-
-
-def launched_us(function, repeats=15):
-    """Median between two events around one call: launches count where they are slower than the work."""
+def launched_us(function, seconds=0.2):
+    """Median microseconds of a call between two events: launches count where they are slower than the work.
+    The first calls set up what must not count: compilers, workspaces, a CUDA graph of the product's own."""
+    for _ in range(5):
+        function()
     times = []
-    for _ in range(repeats + 3):
+    while len(times) < 3 or (len(times) < 15 and sum(times) < seconds * 1e6):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3)
-    return sorted(times[3:])[repeats // 2]
+    return sorted(times)[len(times) // 2]
 
 
-# ---- The layer
+def replay_us(function, calls=1):
+    """The same for one of function(0), ..., function(calls - 1) in a replayed CUDA graph: no launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(0)  # sets up what must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            function(i)
+    return launched_us(graph.replay) / calls
+
+
+def in_turn(bytes_of_one, most=16):
+    """How many sets of inputs take turns in a graph: so many that none is still in the second-level cache
+    when it comes again ("cold"), or 1 where that takes more than `most`. A layer that small finds its
+    inputs "warm" in the flow too."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = 1 + math.ceil(2 * cache / bytes_of_one)
+    return sets if sets <= most else 1
+
+
+# ---- The table: what | forward | of its floor | TFLOP/s | GB/s | training | of its floor
+
+
+def row(label, *cells):
+    cells = [cell if isinstance(cell, str) else f"{cell:.1f}" for cell in cells] + [""] * (6 - len(cells))
+    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def ms(us):
+    return f"{us / 1e3:.2f} ms"
+
+
+def attempt(label, measure):
+    """A row of what measure() returns; or why there is none (a rung that cannot run this, a compiler that
+    is not there, no memory): then the next row."""
+    try:
+        row(label, *measure())
+    except Exception as error:
+        row(label, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}".replace("|", "/")[:90])
+
+
+def ceilings(device, side=8192, copied=2**30):
+    """What this GPU reaches where nothing but arithmetic, memory or a launch is in the way."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
+    out, one = torch.empty_like(a), torch.zeros(1, device=device)
+    attempt("empty kernel", lambda: [replay_us(lambda i: one.zero_(), 100)])
+
+    def product():
+        us = replay_us(lambda i: torch.mm(a, b, out=out), 3)
+        return us, "", 2 * side**3 / us / 1e6
+
+    def copy():
+        us = replay_us(lambda i: target.copy_(source), 3)
+        return us, "", "", 2 * copied / us / 1e3
+
+    attempt(f"{side}^3 product, bfloat16", product)
+    attempt(f"copy of {copied >> 20} MB", copy)
 
 
 def conv1d_form(x, weight, bias, cond, dilation):
@@ -162,69 +218,72 @@ def conv1d_form(x, weight, bias, cond, dilation):
     return torch.tanh(tanh) * torch.sigmoid(gate)
 
 
-def candidates(dtype, fused):
-    """{name: (function, whether it wants (B, C, T))}. fused(version): that rung, or None."""
+def candidates(name, dtype, kernel):
+    """{label: (function, whether it wants (B, C, T))}."""
     product = talkingflow.gated_causal_conv_reference
     found = {"eager, conv1d": (conv1d_form, True), "eager, one product": (product, False)}
-    if torch.cuda.is_available():
-        found["compiled, conv1d"] = (torch.compile(conv1d_form), True)
-        found["compiled, one product"] = (torch.compile(product), False)
-    rungs = {1: "naive", 2: "tile", 3: "registers"} | ({4: "tensor cores"} if dtype.itemsize == 2 else {})
-    return found | {f"{v} {name}": (fused(v), False) for v, name in rungs.items() if fused}
+    both = name in ("paper", "demo")  # the others: what is worth the time of a borrowed GPU
+    if both and dtype.itemsize == 2:
+        found["compiled, conv1d"] = (torch.compile(conv1d_form, dynamic=False), True)
+    found["compiled, one product"] = (torch.compile(product, dynamic=False), False)
+    for version, idea in RUNGS.items() if kernel else ():
+        if (version < 4 or dtype.itemsize == 2) and (version > 2 or both):
+            found[f"{version} {idea}"] = (functools.partial(fused_gated_conv, version=version), False)
+    return found
 
 
 def layer_inputs(shape, dtype, device, channels_first):
     """x, weight, bias, cond as leaves, in the form's own layout."""
     B, T, C, H, K, _ = shape
-    made = [torch.randn(size) for size in ((B, T, C), (2 * H, K, C), (2 * H,), (B, T, 2 * H))]
-    made[1] = (made[1] * (C * K) ** -0.5).transpose(1, 2)
+    x, weight, bias, cond = (
+        torch.randn(size, device=device) for size in ((B, T, C), (2 * H, K, C), (2 * H,), (B, T, 2 * H))
+    )
+    weight = (weight * (C * K) ** -0.5).transpose(1, 2)
     if channels_first:
-        made = [
-            made[0].transpose(1, 2).contiguous(),
-            made[1].contiguous(),
-            made[2],
-            made[3].transpose(1, 2).contiguous(),
-        ]
-    return [v.to(device, dtype).requires_grad_() for v in made]
+        x, weight, cond = (
+            x.transpose(1, 2).contiguous(),
+            weight.contiguous(),
+            cond.transpose(1, 2).contiguous(),
+        )
+    return [v.to(dtype).requires_grad_() for v in (x, weight, bias, cond)]
 
 
-def layer_times(function, tensors, dilation, clock):
-    """Microseconds of forward, and of forward and backward with all gradients."""
-    dy = torch.ones_like(function(*tensors, dilation))
-    forward = functools.partial(function, *tensors, dilation)
-    return clock(forward), clock(lambda: torch.autograd.grad(forward(), tensors, dy))
+def layer_rows(name, shape, dtype, device, peaks, kernel):
+    """Every form and rung of one layer: forward, and training, which is forward and all gradients."""
+    B, T, C, H, K, d = shape
+    flop, moved = work(*shape[:5], dtype.itemsize)
+    floor, floor_training = floors_us(shape, dtype, peaks)
+    turns = in_turn(dtype.itemsize * B * T * (C + 3 * H))
+    how = f"{turns} inputs in turn, cold" if turns > 1 else "warm"
+    row(f"**{name}, {str(dtype)[6:]}**: B {B}, T {T}, C {C}, H {H}, K {K}, d {d}; {how}")
+    row("floor by data sheet", floor, "", flop / floor / 1e6, moved / floor / 1e3, floor_training)
 
+    def measure(function, channels_first):
+        sets = [layer_inputs(shape, dtype, device, channels_first) for _ in range(turns)]
+        dys = [torch.ones_like(function(*tensors, d)) for tensors in sets]
 
-def layer_table(shapes, dtype, device, clock, peaks, fused):
-    """One table a shape: times, what they make of the machine, and the share of the forward floor."""
-    for name, shape in shapes.items():
-        flop, traffic = work(*shape[:5], dtype.itemsize)
-        floor = floor_us(shape, dtype, peaks)
-        B, T, C, H, K, d = shape
-        print(f"\n{name}, {str(dtype)[6:]}: B {B}, T {T}, C {C}, H {H}, K {K}, d {d}; floor {floor:.1f} us\n")
-        print("| | forward us | of the floor | TFLOP/s | GB/s | training us |\n|---|---|---|---|---|---|")
-        for label, (function, channels_first) in candidates(dtype, fused).items():
-            tensors = layer_inputs(shape, dtype, device, channels_first)
-            try:
-                one, both = layer_times(function, tensors, d, clock)
-            except RuntimeError as error:  # a rung that cannot run this, a compiler that is not there
-                print(f"| {label} | {str(error).splitlines()[0][:80]} |")
-                continue
-            rates = f"{flop / one / 1e6:.1f} | {traffic / one / 1e3:.0f}"
-            print(f"| {label} | {one:.1f} | {floor / one:.0%} | {rates} | {both:.1f} |", flush=True)
+        def train(i):
+            return torch.autograd.grad(function(*sets[i % turns], d), sets[i % turns], dys[i % turns])
 
+        calls = turns if turns > 1 else 30
+        one = replay_us(lambda i: function(*sets[i % turns], d), calls)
+        both = replay_us(train, calls)
+        rates = flop / one / 1e6, moved / one / 1e3
+        return one, f"{floor / one:.0%}", *rates, both, f"{floor_training / both:.0%}"
 
-# ---- The flow
+    torch._dynamo.reset()  # or the compiler would make one program for all shapes
+    for label, form in candidates(name, dtype, kernel).items():
+        attempt(label, functools.partial(measure, *form))
 
 
 def make_step(preset, precision, device):
-    """The trainer's own `update` on random windows: (function, x, c)."""
+    """The trainer's own `update` on random windows, as a function of nothing."""
     config = talkingflow.Config.preset(preset)
     torch.manual_seed(0)
     flow = talkingflow.TalkingFlow(config)
     B, T = config.batch_size, config.seq_len
     x, c = torch.rand(B, T, config.dim), torch.randn(B, T, config.cond_dim)
-    flow.initialize(x, c)
+    flow.initialize(x[:8], c[:8])  # on the CPU
     flow, x, c = flow.to(device), x.to(device), c.to(device)
     for net in flow.modules():
         if isinstance(net, talkingflow.ConditionTCN):
@@ -232,64 +291,71 @@ def make_step(preset, precision, device):
     trainer = types.SimpleNamespace(flow=flow, config=config, model=talkingflow.Objective(flow))
     trainer.optimizer = talkingflow.build_optimizer(flow, config)
     trainer.fade, trainer.skipped = torch.zeros(2, device=device)
-    return functools.partial(talkingflow.Trainer.update, trainer), x, c
+    return functools.partial(talkingflow.Trainer.update, trainer, x, c)
 
 
-def step_table(presets, device, clock, kernel):
-    """A whole training step, captured as one graph: PyTorch's operators, and with the fused ones."""
-    print("\n| training step, ms | float32 | bfloat16 networks | bfloat16, fused |\n|---|---|---|---|")
-    for preset in presets:
-        cells = []
-        for precision, choice in ((None, "torch"), (torch.bfloat16, "torch"), (torch.bfloat16, "cuda")):
-            if choice == "cuda" and not kernel:
-                cells.append("-")
-                continue
-            os.environ["TALKINGFLOW_KERNEL"] = choice
-            function, x, c = make_step(preset, precision, device)
-            cells.append(f"{clock(lambda: function(x, c)) / 1e3:.2f}")
-        print(f"| {preset} | {' | '.join(cells)} |", flush=True)
+def step_rows(preset, device, kernel):
+    """A whole training step: PyTorch's operators and the fused ones, launch by launch and as one graph."""
+    for precision, choice in ((None, "torch"), (torch.bfloat16, "torch"), (torch.bfloat16, "cuda")):
+        if choice == "cuda" and not kernel:
+            continue
+        os.environ["TALKINGFLOW_KERNEL"] = choice
+        label = f"{preset} step, {str(precision)[6:] if precision else 'float32'}"
+        label += ", fused" if choice == "cuda" else ", PyTorch"
+        step = functools.cache(functools.partial(make_step, preset, precision, device))
+        attempt(label, lambda: [ms(launched_us(step()))])
+        attempt(label + ", one CUDA graph", lambda: [ms(replay_us(lambda i: step()()))])
+        step.cache_clear()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
-def sample_table(presets, device, clock, frames=250):
-    """Sampling 250 frames and one streamed frame as a user calls them, launches and all."""
-    print(f"\n| ms | {frames} frames, 1 face | 64 faces | one streamed frame |\n|---|---|---|---|")
-    for preset in presets:
-        config = talkingflow.Config.preset(preset)
-        flow = talkingflow.TalkingFlow(config).to(device).eval()
-        c = torch.randn(64, frames, config.cond_dim, device=device)
-        stream = flow.stream()
-        with torch.no_grad():
-            times = [clock(lambda n=n: flow.sample(c[:n])) for n in (1, 64)]
-            times.append(clock(lambda: stream.push(c[:1, :1])))
-        print(f"| {preset} | {' | '.join(f'{t / 1e3:.2f}' for t in times)} |", flush=True)
+def sample_rows(preset, device, frames=250):
+    """Sampling and one streamed frame as a user calls them, launches and all."""
+    config = talkingflow.Config.preset(preset)
+    flow = talkingflow.TalkingFlow(config).to(device).eval()
+    c = torch.randn(64, frames, config.cond_dim, device=device)
+    stream = flow.stream()
+    for label, call in {
+        f"{frames} frames, 1 face": lambda: flow.sample(c[:1]),
+        f"{frames} frames, 64 faces": lambda: flow.sample(c),
+        "one streamed frame": lambda: stream.push(c[:1, :1]),
+    }.items():
+        attempt(f"{preset}, {label}", lambda: [ms(launched_us(call))])
 
 
 # ---- The parts
 
 
 def static_part(arch):
+    print("No GPU is visible: nothing is timed. What the data sheets and the compiler say instead:\n")
     roofline_table()
     for one in arch.split(","):
         static_table(one)
 
 
-def gpu_part():
+def gpu_part(device="cuda"):
+    started = time.monotonic()
     os.environ["TALKINGFLOW_KERNEL"] = "cuda"
     kernel = load_kernel()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     name = torch.cuda.get_device_name()
     peaks = next((peaks for gpu, peaks in GPUS.items() if gpu in name), GPUS["H100"])
-    print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}; medians of replayed graphs, TF32")
-
-    def fused(version):
-        return functools.partial(fused_gated_conv, version=version)
-
-    for dtype in (torch.bfloat16, torch.float32):
-        shapes = SHAPES if dtype == torch.bfloat16 else {k: SHAPES[k] for k in ("paper", "demo")}
-        layer_table(shapes, dtype, "cuda", replay_us, peaks, fused if kernel else None)
-    step_table(("demo", "paper"), "cuda", functools.partial(replay_us, calls=1), kernel)
+    print(f"{name}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, TF32 allowed. Medians, in us")
+    print("unless said; layers by replayed graphs. Training: forward and all gradients. Rates: of forward.\n")
+    print("| | forward | of its floor | TFLOP/s | GB/s | training | of its floor |\n" + "|---" * 7 + "|")
+    ceilings(device)
+    for shape in SHAPES:
+        layer_rows(shape, SHAPES[shape], torch.bfloat16, device, peaks, kernel)
+    for shape in ("paper", "demo"):
+        layer_rows(shape, SHAPES[shape], torch.float32, device, peaks, kernel)
+    row("**the flow**: a training step, sampling, streaming")
+    for preset in ("demo", "paper"):
+        step_rows(preset, device, kernel)
     os.environ["TALKINGFLOW_KERNEL"] = "auto"
-    sample_table(("demo", "paper"), "cuda", launched_us)
+    for preset in ("demo", "paper"):
+        sample_rows(preset, device)
+    print(f"\ntook {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
 def main():
@@ -301,7 +367,6 @@ def main():
     if torch.cuda.is_available():
         gpu_part()
     else:
-        print("No GPU is visible: nothing is timed. What the data sheets and the compiler say instead:\n")
         static_part(args.arch)
 
 

@@ -5,6 +5,7 @@ The oracle is gated_causal_conv_reference in float64. Errors are max |got - want
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -87,7 +89,14 @@ def run_driver(program, *args, tsan=False, order=None):
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
+def on_cpus(request):
+    """What any CPU can prove is left to CPUs: a GPU, perhaps borrowed, is not kept waiting for it."""
+    if not NO_GPU and not request.config.getoption("--slow"):
+        pytest.skip("a GPU is here to run the kernels themselves; --slow checks its model, too")
+
+
+@pytest.fixture(scope="session")
+def emulated(on_cpus, tmp_path_factory):
     """The operator on csrc/gated_conv.cu run by the CPU; built once a test run (10 s)."""
     if NO_GXX:
         pytest.skip(NO_GXX)
@@ -484,7 +493,7 @@ def test_wrong_arguments_are_named(backend):
         assert "gated_conv: " + wanted in message(right, dilation, version)
 
 
-def test_messages_are_whole_where_libstdcxx_is_linked_statically(tmp_path):
+def test_messages_are_whole_where_libstdcxx_is_linked_statically(on_cpus, tmp_path):
     """There a number in a C++ stream ends the process; in the autograd thread as in the main one."""
     if NO_GXX:
         pytest.skip(NO_GXX)
@@ -714,7 +723,7 @@ class TestLoaderOfACudaBuild:
         if not Path("/usr/local/cuda/bin/nvcc").exists():
             assert find_toolkit() == home
 
-    def test_builds_loads_and_registers_for_cuda(self, tmp_path):
+    def test_builds_loads_and_registers_for_cuda(self, on_cpus, tmp_path):
         """The real thing, twice at once in new processes, in a cache whose path has a space, beside what a
         killed build left; then once more from the cache (60 s)."""
         toolkit()
@@ -752,7 +761,7 @@ class TestLoaderOfACudaBuild:
 
 
 @needs_gxx
-def test_address_and_undefined_behaviour_sanitizers_are_clean(tmp_path):
+def test_address_and_undefined_behaviour_sanitizers_are_clean(on_cpus, tmp_path):
     program = compile_driver(tmp_path, flags=["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
     code, output = run_driver(program, order="shuffle:1")
     assert code == 0 and "all right\n" in output and "ERROR" not in output, output[-3000:]
@@ -761,7 +770,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_clean(tmp_path):
 
 
 @needs_gxx
-def test_thread_sanitizer_is_clean(tmp_path):
+def test_thread_sanitizer_is_clean(on_cpus, tmp_path):
     """Each CUDA thread is a TSan fiber; only __syncthreads() and the end of a launch order their accesses."""
     program = compile_driver(tmp_path, flags=["-fsanitize=thread"])
     code, output = run_driver(program, tsan=True, order="ascending")
@@ -771,7 +780,7 @@ def test_thread_sanitizer_is_clean(tmp_path):
 
 
 @needs_gxx
-def test_a_layer_is_few_launches(tmp_path):
+def test_a_layer_is_few_launches(on_cpus, tmp_path):
     """Forward 1; backward: gate, dx, dw, one sum of all parts. Version 4 of the demo's layer: no gate."""
     _, output = run_driver(compile_driver(tmp_path), "launches")
     apart = [f"version {version}: 1 + 4 1 + 4" for version in (1, 2, 3)]
@@ -779,7 +788,7 @@ def test_a_layer_is_few_launches(tmp_path):
 
 
 @needs_gxx
-def test_more_than_2_to_the_31_elements(tmp_path):
+def test_more_than_2_to_the_31_elements(on_cpus, tmp_path):
     code, output = run_driver(compile_driver(tmp_path), "big")
     if code == 2:
         pytest.skip(output.strip())
@@ -823,7 +832,7 @@ def too_much(kernel, used):
     return used[:3] != [0, 0, 0] or used[3] > (255 if WIDE.search(kernel[0]) else 128)
 
 
-def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
+def test_nvcc_compiles_for_every_architecture_without_spills(on_cpus, tmp_path):
     """0 bytes of stack and of spills in every kernel, for every architecture."""
     nvcc = toolkit() / "bin" / "nvcc"
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
@@ -840,7 +849,7 @@ def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
         pytest.skip(f"clean for {wanted}; this nvcc does not know {set(ARCHITECTURES) - set(wanted)}")
 
 
-def test_a_v100_can_run_it_too(tmp_path):
+def test_a_v100_can_run_it_too(on_cpus, tmp_path):
     """CUDA 13 has no sm_70: its PTX for sm_75, named sm_70, goes through the assembler of CUDA 12."""
     found = [path for folder in sys.path if (path := Path(folder, "nvidia/cuda_nvcc/bin/ptxas")).exists()]
     if not found:
@@ -917,33 +926,48 @@ int main(int, char** arguments) {
 """
 
 
-@needs_gpu
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_compute_sanitizer_is_clean(tool, tmp_path):
+TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """{tool: (its run over the kernels, its run over a known fault)}, all at once: each takes its time."""
     if not shutil.which("compute-sanitizer"):
         pytest.skip("no compute-sanitizer on PATH")
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    assert load_kernel() is not None  # built here, not four times at once
     code = (
         "import torch; from csrc.gated_conv import load_kernel; k = load_kernel()\n"
-        "for version in (1, 2, 3, 4):\n"
+        "for version, C in ((1, 12), (2, 12), (3, 12), (4, 12), (4, 136)):\n"  # 136: the gate in its own pass
         "    dtype = torch.bfloat16 if version == 4 else torch.float32\n"
-        "    x, w = (torch.randn(s, device='cuda', dtype=dtype) for s in ((2, 90, 12), (66, 12, 3)))\n"
+        "    x, w = (torch.randn(s, device='cuda', dtype=dtype) for s in ((2, 90, C), (66, C, 3)))\n"
         "    k(x.requires_grad_(), w.requires_grad_(), None, None, 2, version).sum().backward()\n"
         "torch.cuda.synchronize()"
     )
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TALKINGFLOW_KERNEL": "cuda"}
-    run = subprocess.run(
-        [*command, sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0 and re.search(r"SUMMARY: 0 (errors|hazards)", run.stdout), run.stdout[-3000:]
-    (tmp_path / "faulty.cu").write_text(FAULTY)  # a known fault: the tool was awake
+    faulty = tmp_path_factory.mktemp("faulty") / "faulty"
+    faulty.with_suffix(".cu").write_text(FAULTY)
     nvcc = toolkit() / "bin" / "nvcc"
-    subprocess.run([nvcc, "-arch=native", "-o", tmp_path / "faulty", tmp_path / "faulty.cu"], check=True)
-    which = str(["memcheck", "racecheck", "initcheck", "synccheck"].index(tool))
-    run = subprocess.run([*command, tmp_path / "faulty", which], capture_output=True, text=True, check=False)
-    assert run.returncode != 0 and not re.search(r"SUMMARY: 0 (errors|hazards)", run.stdout), run.stdout[
+    subprocess.run([nvcc, "-arch=native", "-o", faulty, faulty.with_suffix(".cu")], check=True)
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TALKINGFLOW_KERNEL": "cuda"}
+
+    def run(tool):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        programs = [sys.executable, "-c", code], [faulty, str(TOOLS.index(tool))]
+        options = dict(cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        return [subprocess.run([*command, *program], **options) for program in programs]
+
+    with concurrent.futures.ThreadPoolExecutor(len(TOOLS)) as pool:
+        return dict(zip(TOOLS, pool.map(run, TOOLS)))
+
+
+@needs_gpu
+@pytest.mark.parametrize("tool", TOOLS)
+def test_compute_sanitizer_is_clean(tool, sanitized):
+    kernels, faulty = sanitized[tool]
+    clean = r"SUMMARY: 0 (errors|hazards)"
+    assert kernels.returncode == 0 and re.search(clean, kernels.stdout), kernels.stdout[-3000:]
+    assert faulty.returncode != 0 and not re.search(clean, faulty.stdout), faulty.stdout[
         -3000:
-    ]
+    ]  # it was awake
 
 
 def test_the_reference_is_the_sum_and_the_padded_convolution():
@@ -956,27 +980,127 @@ def test_the_reference_is_the_sum_and_the_padded_convolution():
     assert_close(reference(x, w, b, c, 3), torch.tanh(a[..., :2]) * torch.sigmoid(a[..., 2:]), 1e-14)
 
 
-def test_the_benchmark_runs_without_a_gpu_or_optional_packages(monkeypatch, capsys):
-    """Its functions, with a clock that counts; it needs neither librosa nor soundfile."""
+def test_a_bare_machine_can_run_these_tests_and_the_benchmark():
+    """With PyTorch, nvcc, numpy, ninja and pytest, but neither librosa nor soundfile."""
     code = (
-        "import sys; sys.modules['librosa'] = sys.modules['soundfile'] = sys.modules['matplotlib'] = None\n"
-        "sys.path.insert(0, 'tests'); import benchmark"
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "for name in 'librosa soundfile matplotlib scipy sklearn av mediapipe PIL soxr cv2'.split():\n"
+        "    sys.modules[name] = None\n"
+        "import pytest, benchmark\n"
+        "sys.exit(pytest.main(['-q', '--collect-only', '-p', 'no:cacheprovider', 'tests/test_kernel.py']))"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and "tests/test_kernel.py" in run.stdout, run.stdout + run.stderr
+
+
+class Recorder:
+    """A torch.cuda.CUDAGraph, Stream or Event of a machine without a GPU: a graph calls nothing when it is
+    replayed, and between two events pass 0.3 ms."""
+
+    replays = 0
+
+    def __init__(self, **options):
+        pass
+
+    def replay(self):
+        Recorder.replays += 1
+
+    def elapsed_time(self, other):
+        return 0.3
+
+    record = synchronize = wait_stream = lambda self, *_: None
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """As much of torch.cuda as benchmark.py uses; the compiler gives back what it gets."""
+    Recorder.replays = 0
+    for name in ("CUDAGraph", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Recorder)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Recorder)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    properties = types.SimpleNamespace(L2_cache_size=5000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+
+
+def test_floors_are_counted_from_flops_and_bytes():
     import benchmark
 
-    def clock(function):
-        function()
-        return 1000.0
+    peaks, shape = benchmark.GPUS["H100"], benchmark.SHAPES["paper"]
+    flop = 2 * 2 * 128 * 80 * 256 * 256 * 3  # a multiply and an add each
+    assert benchmark.work(*shape[:5], 2)[0] == flop
+    forward, training = benchmark.floors_us(shape, torch.bfloat16, peaks)
+    assert forward == pytest.approx(32.2e6 / 3.35e6, rel=0.01)  # bound by memory
+    gate = 5 * 128 * 80 * 256 * 2 / 3.35e6
+    assert training == pytest.approx(forward + gate + 2 * flop / 989e6, rel=1e-6)  # dx and dw by arithmetic
 
-    monkeypatch.setenv("TALKINGFLOW_KERNEL", "torch")
-    peaks = benchmark.GPUS["H100"]
-    shape = benchmark.SHAPES["paper"]
-    assert benchmark.work(*shape[:5], 2)[0] == 2 * 2 * 128 * 80 * 256 * 256 * 3  # a multiply and an add each
-    assert benchmark.floor_us(shape, torch.bfloat16, peaks) == pytest.approx(32.2e6 / 3.35e6, rel=0.01)
-    benchmark.layer_table({"tiny": (2, 9, 8, 8, 2, 1)}, torch.bfloat16, "cpu", clock, peaks, None)
-    benchmark.step_table(("demo",), "cpu", clock, None)
-    benchmark.sample_table(("demo",), "cpu", clock, frames=3)
+
+def test_a_replayed_graph_takes_its_inputs_in_turn(pretended_gpu):
+    import benchmark
+
+    called = []
+    assert benchmark.replay_us(called.append, calls=3) == pytest.approx(300 / 3)
+    assert called == [0, 0, 0] + [0, 1, 2]  # to set up; recorded
+    assert Recorder.replays == 5 + 15  # to warm up; timed
+    assert [benchmark.in_turn(size) for size in (10_000, 9_999, 1000, 667, 666)] == [2, 3, 11, 16, 1]
+
+
+def test_the_benchmark_of_a_gpu_runs_to_its_last_line(pretended_gpu, emulated, monkeypatch, capsys):
+    """Every row on small shapes, on the CPU: what is left to fail on a GPU is the GPU."""
+    import benchmark
+
+    small = talkingflow.Config(dim=16, cond_dim=5, hidden=8, steps_per_scale=1, batch_size=2, seq_len=9)
+    monkeypatch.setattr(talkingflow.Config, "preset", staticmethod(lambda name: small))
+    monkeypatch.setattr(benchmark, "fused_gated_conv", emulated)
+    monkeypatch.setattr(benchmark, "load_kernel", lambda: emulated)
+    monkeypatch.setattr(benchmark, "ceilings", functools.partial(benchmark.ceilings, side=32, copied=2**20))
+    shapes = {"paper": (2, 20, 8, 8, 3, 4), "first": (2, 9, 4, 8, 2, 1), "demo": (1, 7, 8, 8, 2, 4)}
+    shapes["late taps"] = (1, 5, 8, 8, 40, 9)  # the tensor cores' tiles do not fit
+    monkeypatch.setattr(benchmark, "SHAPES", shapes)
+    monkeypatch.setenv("TALKINGFLOW_KERNEL", "torch")  # and back after the test
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        monkeypatch.setattr(backend, "allow_tf32", backend.allow_tf32)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
+    monkeypatch.setattr(benchmark, "gpu_part", functools.partial(benchmark.gpu_part, "cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(benchmark, "os", types.SimpleNamespace(environ=os.environ))
+        benchmark.main()
+    said = capsys.readouterr()
+    assert re.search(r"^took \d+ s$", said.err, re.M)
+    title, table = said.out.split("\n\n")
+    assert title.startswith("NVIDIA H100 80GB HBM3, PyTorch ")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert all(len(cells) == 7 for cells in rows)
+    failed = [cells for cells in rows if "Error" in cells[1]]
+    assert all("version" in cells[1] for cells in failed), failed
+    assert [cells[0] for cells in failed] == ["3 registers", "4 tensor cores"]  # of the late taps
+    layer = ["eager, conv1d", "eager, one product", "compiled, conv1d", "compiled, one product"]
+    layer += ["1 naive", "2 tile", "3 registers", "4 tensor cores"]
+    names = [cells[0] for cells in rows]
+    start = names.index("**paper, bfloat16**: B 2, T 20, C 8, H 8, K 3, d 4; 5 inputs in turn, cold")
+    assert names[start + 1 : start + 10] == ["floor by data sheet", *layer]
+    assert rows[start + 2][1] == "60.0" and rows[start + 2][5] == "60.0"  # 300 us for five
+    ends = ["step, float32, PyTorch", "step, bfloat16, PyTorch", "step, bfloat16, fused"]
+    steps = [f"{p} {end}{how}" for p in ("demo", "paper") for end in ends for how in ("", ", one CUDA graph")]
+    calls = ["250 frames, 1 face", "250 frames, 64 faces", "one streamed frame"]
+    assert names[-19:] == [names[-19], *steps, *(f"{p}, {call}" for p in ("demo", "paper") for call in calls)]
+    assert {cells[1] for cells in rows[-18:]} == {"0.30 ms"}
+
+
+def test_a_benchmark_without_a_gpu_prints_floors(monkeypatch, capsys):
+    import benchmark
+
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--arch", "80"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = [("forward_v4", "I13__nv_bfloat16Li5E", 200, 0, 0, {}), ("dx_v1", "IfE", 30, 0, 0, {})]
+    monkeypatch.setattr(benchmark, "compile_report", lambda arch: report)
+    benchmark.main()
     printed = capsys.readouterr().out
-    assert "| eager, one product | 1000.0 | 0% | 0.0 | 0 | 1000.0 |" in printed
-    assert "| demo | 1.00 | 1.00 | - |" in printed and "| demo | 1.00 | 1.00 | 1.00 |" in printed
+    assert "| paper | 8.05 | 32.2 |" in printed
+    assert (
+        "| forward_v4 5 | bfloat16 | 200 | 0 | 0 | - |" in printed and "| dx_v1 | float32 | 30 |" in printed
+    )
