@@ -153,7 +153,7 @@ def gated_conv(x, matrix, bias, cond, k, dilation):
 
 def gated_causal_conv(x, weight, bias, cond, dilation):
     """`gated_causal_conv_reference`, by the fused kernel of csrc/ where it is faster (same shapes)."""
-    if x.is_cuda and kernel_runs(x):
+    if x.is_cuda and kernel_runs(x, weight, dilation):
         return fused_gated_conv(x, weight, bias, cond, dilation)
     return gated_causal_conv_reference(x, weight, bias, cond, dilation)
 

@@ -16,9 +16,21 @@ from media.console import UserError
 
 CSRC = Path(__file__).resolve().parent
 SOURCES = "gated_conv.h", "tensor_cores.h", "gated_conv.cpp", "gated_conv.cu"
-# Where the fused operator is the faster one: dtype -> least compute capability. Elsewhere, and inside
-# torch.compile, PyTorch runs the definition. Source: prototypes of this design on an H100 (csrc/README.md).
-FASTER = {torch.bfloat16: (8, 0), torch.float16: (8, 0)}
+# Where `auto` takes the fused operator: (dtype, major compute capability) -> what says that it is faster.
+# Times are us of forward and all gradients; rung 4's are those of its prototype (csrc/README.md).
+FASTER = {
+    (
+        torch.bfloat16,
+        9,
+    ): "H100: 130 against eager PyTorch's 209 (C 256), 104 against 210 (C 68), 19 against 60 (C 64)",
+    (torch.float16, 9): "the same instructions and bytes as bfloat16; no figure of its own",
+}
+# Elsewhere PyTorch runs the definition:
+#   16 bits, compute capability 8.x, or 10 and later    no such GPU has run these kernels
+#   16 bits, taps too many or too far for rung 4        rung 3 would run: H100, 917 to 1723 against 238
+#   float32 (TF32 or not)                               H100: 1860 by rung 3's form against 399
+#   float64                                             not measured
+#   inside torch.compile                                H100: 107 compiled against rung 4's 130
 
 
 # ---- The operator ------------------------------------------------------------------------------------------
@@ -190,8 +202,8 @@ def why_not():
     if not torch.cuda.is_available():
         return "no GPU is visible"
     gpus = range(torch.cuda.device_count())
-    able = any(torch.cuda.get_device_capability(gpu) >= min(FASTER.values()) for gpu in gpus)
-    return "" if able else "no GPU of compute capability 8.0 or later"
+    able = {major for _, major in FASTER} & {torch.cuda.get_device_capability(gpu)[0] for gpu in gpus}
+    return "" if able else "csrc/ was not measured to be faster on this GPU"
 
 
 @functools.cache
@@ -223,7 +235,13 @@ def kernel_loaded():
     return load_kernel() is not None
 
 
-def kernel_runs(x):
+def tensor_cores_fit(weight, dilation):
+    """Whether the tile of rung 4 fits in shared memory: shared_forward_v4 of gated_conv.cu, 16 frames."""
+    taps = weight.shape[2]
+    return 128 * (2 * (16 + (taps - 1) * dilation) + 128 * taps) <= 99 * 1024
+
+
+def kernel_runs(x, weight, dilation):
     """Whether `fused_gated_conv` shall compute this layer: where it is faster, or wherever it is wanted."""
     choice = kernel_choice()
     if choice == "torch":
@@ -233,6 +251,7 @@ def kernel_runs(x):
             return False  # the compiled definition is as fast or faster
         on = x.device.type
         dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
-        if dtype not in FASTER or torch.cuda.get_device_capability(x.device) < FASTER[dtype]:
+        measured = (dtype, torch.cuda.get_device_capability(x.device)[0]) in FASTER
+        if not (measured and tensor_cores_fit(weight, dilation)):
             return False
     return kernel_loaded()

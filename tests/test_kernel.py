@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import talkingflow
 from csrc import gated_conv
+from csrc.device import network_precision
 from csrc.gated_conv import find_toolkit, fused_gated_conv, kernel_runs, load_kernel, register_kernel
 from media import console
 from talkingflow import gated_causal_conv_reference as reference
@@ -412,20 +413,45 @@ class OnGpu(torch.Tensor):
     device = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("capability, able", [((9, 0), True), ((8, 0), True), ((7, 5), False)])
-def test_the_operator_is_taken_where_it_is_faster(monkeypatch, capability, able):
-    """16-bit floats on tensor cores that know bfloat16; TALKINGFLOW_KERNEL=cuda takes everything."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+@pytest.mark.parametrize("major, able", [(9, True), (8, False), (10, False), (7, False)])
+def test_the_operator_is_taken_where_it_is_faster(monkeypatch, major, able):
+    """16-bit floats where a GPU said so; TALKINGFLOW_KERNEL=cuda takes everything."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
     monkeypatch.setattr(gated_conv, "load_kernel", lambda: fused_gated_conv)
+    weight = torch.zeros(2, 1, 3)
     for dtype in TOLERANCE:
         x = torch.zeros(1, dtype=dtype).as_subclass(OnGpu)
         monkeypatch.delenv("TALKINGFLOW_KERNEL", raising=False)
-        assert kernel_runs(x) == (able and dtype in (torch.float16, torch.bfloat16))
+        assert kernel_runs(x, weight, 8) == (able and dtype in (torch.float16, torch.bfloat16))
+        assert not kernel_runs(x, weight, 400)  # rung 3 would run
         monkeypatch.setenv("TALKINGFLOW_KERNEL", "cuda")
-        assert kernel_runs(x)
+        assert kernel_runs(x, weight, 400)
         monkeypatch.setattr(gated_conv, "load_kernel", lambda: None)
-        assert not kernel_runs(x)
+        assert not kernel_runs(x, weight, 8)
         monkeypatch.setattr(gated_conv, "load_kernel", lambda: fused_gated_conv)
+
+
+def test_the_dispatcher_knows_which_layers_the_tensor_cores_can_run(emulated):
+    for K, dilation in itertools.product((1, 2, 3, 4, 5, 6), (1, 2, 15, 16, 61, 62, 188, 189, 376, 377)):
+        x, w, _, _ = inputs(1, 1, 1, 1, K, dtype=torch.bfloat16)
+        try:
+            emulated(x, w, None, None, dilation, version=4)
+            ran = True
+        except RuntimeError as error:
+            assert "version 4 cannot run this" in str(error)
+            ran = False
+        assert ran == gated_conv.tensor_cores_fit(w, dilation), (K, dilation)
+
+
+@pytest.mark.parametrize(
+    "asked, hidden, major, wanted",
+    [("auto", 256, 9, True), ("auto", 128, 8, True), ("auto", 64, 9, False), ("auto", 256, 7, False)]
+    + [("bfloat16", 64, 7, True), ("float32", 256, 9, False), ("auto", 256, None, False)],
+)
+def test_auto_precision_is_the_faster_one(monkeypatch, asked, hidden, major, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+    on = torch.device("cuda" if major else "cpu")
+    assert network_precision(asked, hidden, on) == (torch.bfloat16 if wanted else None)
 
 
 def test_autocast_takes_its_dtype_and_gradients_stay_float32(backend):
@@ -594,7 +620,7 @@ def test_training_and_sampling_are_equal_through_either_backend(backend, monkeyp
 
 
 def test_a_cpu_never_asks_for_the_kernel(monkeypatch):
-    monkeypatch.setattr(talkingflow, "kernel_runs", lambda x: pytest.fail("asked"))
+    monkeypatch.setattr(talkingflow, "kernel_runs", lambda *_: pytest.fail("asked"))
     tensors = inputs(2, 5, 3, 9, 2)
     assert torch.equal(talkingflow.gated_causal_conv(*tensors, 2), reference(*tensors, 2))
 
