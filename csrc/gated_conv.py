@@ -19,10 +19,7 @@ SOURCES = "gated_conv.h", "tensor_cores.h", "gated_conv.cpp", "gated_conv.cu"
 # Where `auto` takes the fused operator: (dtype, major compute capability) -> what says that it is faster.
 # Times are us of forward and all gradients; rung 4's are those of its prototype (csrc/README.md).
 FASTER = {
-    (
-        torch.bfloat16,
-        9,
-    ): "H100: 130 against eager PyTorch's 209 (C 256), 104 against 210 (C 68), 19 against 60 (C 64)",
+    (torch.bfloat16, 9): "H100, against eager PyTorch: 130 / 209 (C 256), 104 / 210 (C 68), 19 / 60 (demo)",
     (torch.float16, 9): "the same instructions and bytes as bfloat16; no figure of its own",
 }
 # Elsewhere PyTorch runs the definition:
