@@ -306,8 +306,7 @@ def step_rows(preset, device, kernel):
         attempt(label, lambda: [ms(launched_us(step()))])
         attempt(label + ", one CUDA graph", lambda: [ms(replay_us(lambda i: step()()))])
         step.cache_clear()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
 
 def sample_rows(preset, device, frames=250):
