@@ -1074,6 +1074,16 @@ def test_a_replayed_graph_takes_its_inputs_in_turn(pretended_gpu):
     assert [benchmark.in_turn(size) for size in (10_000, 9_999, 1000, 667, 666)] == [2, 3, 11, 16, 1]
 
 
+@pytest.fixture
+def tf32_as_before():  # monkeypatch cannot put back what these modules compute when asked for
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
+
+
+@pytest.mark.usefixtures("tf32_as_before")
 def test_the_benchmark_of_a_gpu_runs_to_its_last_line(pretended_gpu, emulated, monkeypatch, capsys):
     """Every row on small shapes, on the CPU: what is left to fail on a GPU is the GPU."""
     import benchmark
@@ -1087,8 +1097,6 @@ def test_the_benchmark_of_a_gpu_runs_to_its_last_line(pretended_gpu, emulated, m
     shapes["late taps"] = (1, 5, 8, 8, 40, 9)  # the tensor cores' tiles do not fit
     monkeypatch.setattr(benchmark, "SHAPES", shapes)
     monkeypatch.setenv("TALKINGFLOW_KERNEL", "torch")  # and back after the test
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        monkeypatch.setattr(backend, "allow_tf32", backend.allow_tf32)
     monkeypatch.setattr(sys, "argv", ["benchmark.py"])
     monkeypatch.setattr(benchmark, "gpu_part", functools.partial(benchmark.gpu_part, "cpu"))
     with monkeypatch.context() as patch:
