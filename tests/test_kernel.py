@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 import warnings
 from pathlib import Path
@@ -41,6 +42,7 @@ EMULATED = [
 ]
 NO_GXX = None if shutil.which("g++") else "no C++ compiler (g++) to compile the kernels for the CPU"
 NO_GPU = None if torch.cuda.is_available() else "no GPU is visible"
+HEADERS = tempfile.TemporaryDirectory()  # goes with the process
 needs_gxx = pytest.mark.skipif(NO_GXX is not None, reason=NO_GXX or "")
 needs_gpu = pytest.mark.skipif(NO_GPU is not None, reason=NO_GPU or "")
 
@@ -58,21 +60,35 @@ def toolkit():
     return Path(nvcc).parent.parent
 
 
-def compile_driver(folder, source=CSRC, flags=(), versions=4):
-    """kernel_driver.cpp as a program in `folder`: the kernels of `source`/gated_conv.cu against loops."""
+@functools.cache
+def compiled_headers(*flags):
+    """Folder of what all drivers of these flags include first, compiled once."""
+    folder = Path(tempfile.mkdtemp(dir=HEADERS.name))
+    (folder / "all.h").write_text('#include <string>\n#include <type_traits>\n#include "cuda_on_cpu.h"\n')
+    command = ["g++", *flags, f"-I{CSRC}", "-x", "c++-header", "-o", folder / "all.h.gch", folder / "all.h"]
+    subprocess.run(command, capture_output=True, check=False)  # without it g++ reads the text
+    return folder
+
+
+def compile_driver(folder, source=CSRC, flags=(), versions=4, only=0):
+    """kernel_driver.cpp as a program in `folder`: the kernels of `source`/gated_conv.cu against loops; of
+    version `only` alone, if given."""
     program = folder / "kernel_driver"
-    dtypes = "-DGATED_CONV_DTYPES(CASE)=CASE(0,float)" + "CASE(3,__nv_bfloat16)" * (versions > 3)  # quicker
-    options = [
-        "-std=c++17",
-        "-O1",
-        "-w",
-        dtypes,
-        f"-DVERSIONS={versions}",
-        f"-I{source}",
-        f"-I{CSRC}",
+    flags = ["-std=c++17", "-O1", "-w", *flags]
+    dtypes = "CASE(0,float)" * (only < 4) + "CASE(3,__nv_bfloat16)" * (versions > 3)  # quicker
+    defines = [f"-DGATED_CONV_DTYPES(CASE)={dtypes}", f"-DVERSIONS={versions}", f"-DONLY={only}"]
+    places = ["-include", compiled_headers(*flags) / "all.h", f"-I{source}", f"-I{CSRC}"]
+    command = [
+        "g++",
         *flags,
+        *defines,
+        *places,
+        "-o",
+        program,
+        "-x",
+        "c++",
+        ROOT / "tests" / "kernel_driver.cpp",
     ]
-    command = ["g++", *options, "-o", program, "-x", "c++", ROOT / "tests" / "kernel_driver.cpp"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return program
