@@ -21,11 +21,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow: python -m pytest --slow runs it too")
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(skip)
+    """Without --slow the fast set: what is marked slow is left out, and counted in the last lines."""
+    left_out = [] if config.getoption("--slow") else [i for i in items if i.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    terminal["left_out"] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminal["left_out"]:
+        terminalreporter.line(f"{terminal['left_out']} slow tests left out: python -m pytest --slow runs all")
 
 
 def say(text):

@@ -8,6 +8,7 @@
 // -DVERSIONS=3 leaves the tensor cores out: emulated, they are slow. -DONLY=3 compiles the kernels of version 3 alone,
 // beside those that are of no version: a mutant is compiled in half the time.
 #include <string>
+#include <type_traits>
 #include "cuda_on_cpu.h"
 #ifndef ONLY
 #define ONLY 0
@@ -23,6 +24,8 @@ template <class T> constexpr bool is_compiled(const char* kernel) {
         if constexpr (is_compiled<T>(#kernel)) /* T: of the template that launches */ \
             (void)(stream), cuda_on_cpu::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }); \
     } while (0)
+using Wide = std::conditional_t<(ONLY < 4), float, __nv_bfloat16>;  // what versions 1 to 3 and 4 are tested with
+using Narrow = std::conditional_t<(ONLY == 0 || ONLY > 3), __nv_bfloat16, float>;
 #define DW_BLOCKS 4    // each of dw's splits sums several chunks
 #define FULL_BLOCKS 3  // long and short tiles of frames both occur
 static int merge_below = 3;  // version 4's dx computes da itself: as the product does, always (99), never (0)
@@ -184,12 +187,12 @@ static bool all_big() {
         for (const int version : {1, 2, 3}) {
             if (ONLY && version != ONLY) continue;
             where = "big, version " + std::to_string(version);
-            if (!run_big<float>(version, size[0], size[1])) return false;
+            if (!run_big<Wide>(version, size[0], size[1])) return false;
         }
         for (const int below : {0, 99}) {
             merge_below = below;
             where = "big, version 4, merge_below " + std::to_string(below);
-            if (VERSIONS == 4 && (!ONLY || ONLY == 4) && !run_big<__nv_bfloat16>(4, size[0], size[1])) return false;
+            if (VERSIONS == 4 && (!ONLY || ONLY == 4) && !run_big<Narrow>(4, size[0], size[1])) return false;
         }
     }
     return true;
@@ -210,8 +213,8 @@ static bool all_cases(int only) {
                     where = "version " + std::to_string(version) + ", T = " + std::to_string(c.T) + ", " + order +
                             (version < 4 ? "" : below ? ", gate merged" : ", gate apart");
                     Bits bits;
-                    const bool right = version == 4 ? run<__nv_bfloat16>(3, 4, c, &bits, 2e-2)
-                                                    : run<float>(0, version, c, &bits, 2e-5);
+                    const bool right = version == 4 ? run<Narrow>(3, 4, c, &bits, 2e-2)
+                                                    : run<Wide>(0, version, c, &bits, 2e-5);
                     if (!right) return false;
                     if (!sums) sums = bits.sums;
                     if (!dbias) dbias = bits.dbias;

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import say
 
 import talkingflow
 from csrc import gated_conv
@@ -119,6 +120,7 @@ def emulated(on_cpus, tmp_path_factory):
         pytest.skip(NO_GXX)
     from torch.utils import cpp_extension
 
+    say("compiling csrc/ for the CPU: 10 s")
     cpp_extension.load(
         "talkingflow_cpu",
         [str(CSRC / "gated_conv.cpp")],
@@ -535,21 +537,21 @@ def test_wrong_arguments_are_named(backend):
         assert "gated_conv: " + wanted in message(right, dilation, version)
 
 
-def test_messages_are_whole_where_libstdcxx_is_linked_statically(on_cpus, tmp_path):
+@needs_gxx
+def test_messages_are_whole_where_libstdcxx_is_linked_statically(emulated, tmp_path):
     """There a number in a C++ stream ends the process; in the autograd thread as in the main one."""
-    if NO_GXX:
-        pytest.skip(NO_GXX)
+    compiled = next(Path(path) for path in torch.ops.loaded_libraries if "talkingflow_cpu" in path)
+    library = tmp_path / "talkingflow_cpu.so"
+    places = [compiled.parent / "gated_conv.o", f"-L{Path(torch.__file__).parent}/lib"]
+    libraries = ["-lc10", "-ltorch_cpu", "-ltorch", "-static-libstdc++"]
+    subprocess.run(["g++", "-shared", "-o", library, *places, *libraries], check=True)
     code = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
-from torch.utils import cpp_extension
 from csrc.gated_conv import register_kernel
 from test_kernel import WRONG, WRONG_NUMBERS, inputs
-flags = ["-O1", "-DCUDA_ON_CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-cpp_extension.load("talkingflow_cpu", [{str(CSRC / "gated_conv.cpp")!r}], extra_cflags=flags,
-                   is_python_module=False, extra_ldflags=["-static-libstdc++"],
-                   build_directory={str(tmp_path)!r})
+torch.ops.load_library({str(library)!r})
 register_kernel("talkingflow_cpu")
 op = torch.ops.talkingflow_cpu.gated_conv
 right = inputs(2, 5, 3, 9, 2, dtype=torch.float32)
@@ -571,7 +573,6 @@ thread = threading.Thread(target=refused); thread.start(); thread.join()
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    library = next(tmp_path.glob("*.so"))
     linked = subprocess.run(["ldd", library], capture_output=True, text=True, check=True).stdout
     assert "libstdc++" not in linked  # so the test tests something
     for wanted in [w for _, w in WRONG.values()] + list(WRONG_NUMBERS.values()):
@@ -765,6 +766,7 @@ class TestLoaderOfACudaBuild:
         if not Path("/usr/local/cuda/bin/nvcc").exists():
             assert find_toolkit() == home
 
+    @pytest.mark.slow  # nvcc, twice
     def test_builds_loads_and_registers_for_cuda(self, on_cpus, tmp_path):
         """The real thing, twice at once in new processes, in a cache whose path has a space, beside what a
         killed build left; then once more from the cache (60 s)."""
@@ -791,6 +793,7 @@ class TestLoaderOfACudaBuild:
             command = [sys.executable, "-c", code]
             return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
+        say("compiling csrc/ with nvcc, twice at once: a minute or two")
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             runs = [*pool.map(build, range(2)), build(2)]
         for run in runs:
@@ -802,8 +805,10 @@ class TestLoaderOfACudaBuild:
 # ---- The kernels as compiled code
 
 
+@pytest.mark.slow  # a build of all kernels, run thread by thread
 @needs_gxx
 def test_address_and_undefined_behaviour_sanitizers_are_clean(on_cpus, tmp_path):
+    say("compiling csrc/ with AddressSanitizer")
     program = compile_driver(tmp_path, flags=["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
     code, output = run_driver(program, order="shuffle:1")
     assert code == 0 and "all right\n" in output and "ERROR" not in output, output[-3000:]
@@ -811,9 +816,11 @@ def test_address_and_undefined_behaviour_sanitizers_are_clean(on_cpus, tmp_path)
     assert code and "AddressSanitizer: heap-buffer-overflow" in output
 
 
+@pytest.mark.slow  # the same again
 @needs_gxx
 def test_thread_sanitizer_is_clean(on_cpus, tmp_path):
     """Each CUDA thread is a TSan fiber; only __syncthreads() and the end of a launch order their accesses."""
+    say("compiling csrc/ with ThreadSanitizer")
     program = compile_driver(tmp_path, flags=["-fsanitize=thread"])
     code, output = run_driver(program, tsan=True, order="ascending")
     assert code == 0 and output == "all right\n", output[-3000:]
@@ -821,6 +828,7 @@ def test_thread_sanitizer_is_clean(on_cpus, tmp_path):
     assert code and "ThreadSanitizer: data race" in output
 
 
+@pytest.mark.slow  # the same again
 @needs_gxx
 def test_a_layer_is_few_launches(on_cpus, tmp_path):
     """Forward 1; backward: gate, dx, dw, one sum of all parts. Version 4 of the demo's layer: no gate."""
@@ -874,13 +882,15 @@ def too_much(kernel, used):
     return used[:3] != [0, 0, 0] or used[3] > (255 if WIDE.search(kernel[0]) else 128)
 
 
+@pytest.mark.slow  # each architecture takes nvcc 20 s
 def test_nvcc_compiles_for_every_architecture_without_spills(on_cpus, tmp_path):
     """0 bytes of stack and of spills in every kernel, for every architecture."""
     nvcc = toolkit() / "bin" / "nvcc"
+    say("compiling csrc/gated_conv.cu for every architecture: a minute or two")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     wanted = [a for a in ARCHITECTURES if f"compute_{a}" in known]
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    options = ["-O3", "-std=c++17", "-t", "2", "-Xptxas", "-v", "-c", "-o", tmp_path / "k.o"]
+    options = ["-O3", "-std=c++17", "-t", "2", "-Xptxas", "-v", "-fatbin", "-o", tmp_path / "k.fatbin"]
     command = [nvcc, *options, *codes, CSRC / "gated_conv.cu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -891,6 +901,7 @@ def test_nvcc_compiles_for_every_architecture_without_spills(on_cpus, tmp_path):
         pytest.skip(f"clean for {wanted}; this nvcc does not know {set(ARCHITECTURES) - set(wanted)}")
 
 
+@pytest.mark.slow  # nvcc
 def test_a_v100_can_run_it_too(on_cpus, tmp_path):
     """CUDA 13 has no sm_70: its PTX for sm_75, named sm_70, goes through the assembler of CUDA 12."""
     found = [path for folder in sys.path if (path := Path(folder, "nvidia/cuda_nvcc/bin/ptxas")).exists()]
@@ -1022,6 +1033,7 @@ def test_the_reference_is_the_sum_and_the_padded_convolution():
     assert_close(reference(x, w, b, c, 3), torch.tanh(a[..., :2]) * torch.sigmoid(a[..., 2:]), 1e-14)
 
 
+@pytest.mark.slow  # a process that imports PyTorch
 def test_a_bare_machine_can_run_these_tests_and_the_benchmark():
     """With PyTorch, nvcc, numpy, ninja and pytest, but neither librosa nor soundfile."""
     code = (

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import say
 from test_kernel import CSRC, NO_GXX, compile_driver, run_driver
 
 FLAGS = {
@@ -307,6 +308,7 @@ def try_mutant(mutant):
 
 
 def run_all():
+    say(f"compiling and running {len(MUTANTS)} mutants of csrc/gated_conv.cu: two or three minutes")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(zip(MUTANTS, pool.map(try_mutant, MUTANTS)))
 
@@ -318,6 +320,7 @@ def print_table(results):
     print(f"{sum(bool(found) for _, found in results)} of {len(results)} found")
 
 
+@pytest.mark.slow  # 63 builds
 @pytest.mark.skipif(NO_GXX is not None, reason=NO_GXX or "")
 def test_every_planted_fault_is_found():
     results = run_all()

@@ -18,6 +18,7 @@ import numpy as np
 import puzzles
 import pytest
 import torch
+from conftest import say
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tutorial.ipynb"
@@ -68,9 +69,11 @@ def execute():
     print(f"{len(space['claims'])} claims hold")
 
 
+@pytest.mark.slow  # a minute
 def test_every_cell_and_every_folded_answer_runs_in_order(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     before = sum(os.times()[2:4])
+    say("running every cell of tutorial.ipynb: a minute")
     # a process of its own: what it compiles and registers stays out of the other tests
     command = [sys.executable, __file__]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
