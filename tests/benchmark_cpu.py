@@ -2,6 +2,8 @@
 
     python tests/benchmark_cpu.py [--hidden 64,128,256] [--quick]
 
+and, where they are installed, beside the same flow out of other libraries' parts (peers.py).
+
 Every ratio is the median of pairs taken in turn in one process, in CPU time of one thread, so a busy
 machine changes it little. The textbook form computes the same numbers from the same weights (checked
 below, gradients too): channels in the middle and nn.functional.conv1d, a convolution of its own for every
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from peers import installed, out_of
+
 from talkingflow import ConditionTCN, Config, Objective, TalkingFlow, build_optimizer
 
 SIZES = {  # hidden: Config fields, frames a window
@@ -182,8 +186,32 @@ def measure(hidden, count):
         yield f"one streamed frame     {a:8.2f} {b:8.2f} ms  {ratio:5.1f}   {again}"
 
 
+def beside_peers(fields, T, count):
+    """The lines of one size, with the iid prior and without dropout, which all have."""
+    fields = fields | {"dropout": 0.0, "prior": "iid", "prior_mean": False}
+    plain, x, c = build(fields, T)
+    as_textbook(plain)
+    x, c = (v.transpose(1, 2).contiguous().transpose(1, 2) for v in (x, c))  # as they lie in (B, C, T)
+    for name, parts in (installed() | {"ours": None}).items():
+        flow = build(fields, T)[0]
+        if parts:
+            out_of(parts, flow, Textbook)
+        found = [pairs(training_step(plain, x, c, True), training_step(flow, x, c, bool(parts)), count)]
+        flow.eval(), plain.eval()
+        with torch.no_grad():
+            found.append(pairs(lambda: plain.nll(x, c), lambda: flow.nll(x, c), count))
+            sound = torch.randn(1, 250, flow.config.cond_dim)
+            zs = torch.randn(1, 250, flow.config.dim).split(flow.sizes, 2)
+            sample = (lambda: flow.inverse(zs, sound)) if parts else (lambda: flow.sample(sound))
+            found.append(pairs(lambda: plain.inverse(zs, sound), sample, count))
+            error = (flow.inverse(flow(x, c)[0], c) - x).abs().max()
+        flow.train(), plain.train()
+        values = "".join(f"{b:10.1f} {ratio:5.2f}" for _, b, ratio in found)
+        yield f"{name:10}{values}{saved_megabytes(flow, x, c):10.0f}     {error:.0e}"
+
+
 def curves():
-    """NLL and sampling over T, a frame at a time each; training steps over the batch."""
+    """What a frame costs, in NLL and sampling over T, in training over the batch and the flow steps."""
     flow, _, _ = build(SIZES[64][0] | {"dropout": 0.0}, 80)
     flow.eval()
     with torch.no_grad():
@@ -191,10 +219,11 @@ def curves():
             x, c = torch.rand(1, T, 136), torch.randn(1, T, 40)
             a, b, _ = pairs(lambda: flow.nll(x, c), lambda: flow.sample(c), 3 if T > 1024 else 8)
             yield f"T {T:6d}: nll {1000 * a / T:6.1f}, sample {1000 * b / T:6.1f} us a frame"
-    for batch in (1, 8, 32):
-        flow, x, c = build(SIZES[64][0] | {"batch_size": batch}, 80)
+    for change in [{"batch_size": n} for n in (1, 8, 32)] + [{"steps_per_scale": n} for n in (1, 2, 4, 6)]:
+        flow, x, c = build(SIZES[64][0] | {"dropout": 0.0} | change, 80)
         _, spent, _ = pairs(lambda: None, training_step(flow.train(), x, c), 8)
-        yield f"batch {batch:3d}: training step {spent:7.1f} ms, {1000 * spent / batch / 80:5.1f} us a frame"
+        ((name, n),) = change.items()
+        yield f"{name} {n:3d}: training step {spent:7.1f} ms, {1000 * spent / len(x) / 80:6.1f} us a frame"
 
 
 def main():
@@ -208,6 +237,10 @@ def main():
         print(f"\nhidden {hidden}: {SIZES[hidden][0]}, T {SIZES[hidden][1]}")
         print(f"{'':22} textbook     ours     ratio")
         for line in measure(hidden, 3 if args.quick else 9):
+            print(line, flush=True)
+        print(f"\n{'iid prior':10}   training step       a batch's NLL      250 frames  kept, MB  round trip")
+        print(f"{'':10}" + "        ms ratio" * 3)
+        for line in beside_peers(*SIZES[hidden], 3 if args.quick else 9):
             print(line, flush=True)
     if not args.quick:
         print("\nhidden 64, cost curves")
