@@ -630,8 +630,7 @@ class Clips(TrainingFolder):
 
     def draw(self, count, T, generator):
         """`count` random training windows; every frame that can start one is as likely as any other."""
-        clips = [clip for clip in self.split("train") if clip["frames"] >= T]
-        ends = np.cumsum([clip["frames"] - T + 1 for clip in clips])  # all starts in a row, clip after clip
+        clips, ends = self.starts(T)  # all starts in a row, clip after clip
         picks = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
         chosen = np.searchsorted(ends, picks, side="right")
         return [(clips[i], int(ends[i] - 1 - pick)) for i, pick in zip(chosen, picks)]  # counted from the end

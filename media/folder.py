@@ -340,9 +340,18 @@ class TrainingFolder:
             found = f"{len(self.landmarks)} frames of landmarks, {len(self.mel)} of sound"
             raise UserError(f"{self.folder}: {found} vs {frames} in meta.json. {again} --force")
         self.dim, self.cond_dim = self.landmarks.shape[1], self.mel.shape[1]
+        self.known_starts = {}  # T -> starts(T): every step asks, and clips may be millions
 
     def split(self, name):
         return [clip for clip in self.clips if clip["split"] == name]
+
+    def starts(self, T):
+        """The training clips that hold T frames, and how many windows of T start in them up to each clip's
+        end."""
+        if T not in self.known_starts:
+            clips = [clip for clip in self.split("train") if clip["frames"] >= T]
+            self.known_starts[T] = clips, np.cumsum([clip["frames"] - T + 1 for clip in clips])
+        return self.known_starts[T]
 
     def window_length(self, longest):
         """The longest window, up to `longest` frames, that at least 95 % of the training clips can fill."""
