@@ -33,6 +33,11 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"{terminal['left_out']} slow tests left out: python -m pytest --slow runs all")
 
 
+def thinned(values, every):
+    """Values of a parameter, of which the fast set takes each `every`-th."""
+    return [pytest.param(v, marks=[pytest.mark.slow] if i % every else []) for i, v in enumerate(values)]
+
+
 def say(text):
     """Tell whoever watches what takes so long, past pytest's capture."""
     with terminal["capture"].global_and_fixture_disabled():

@@ -97,6 +97,7 @@ def test_training_leaves_the_promised_files_and_prints_the_references(trained):
     assert not list(out.glob(".*"))  # no temporary file stays
 
 
+@pytest.mark.slow  # a process that imports PyTorch
 def test_importing_builds_and_prints_nothing(tmp_path):
     command = [sys.executable, "-c", "import talkingflow"]
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
@@ -207,6 +208,7 @@ def test_sample_writes_every_format(trained, suffix, tmp_path):
         assert out.read_bytes()[:6] == b"GIF89a"
 
 
+@pytest.mark.slow  # draws 1,280 pictures
 def test_a_name_that_ends_in_a_slash_is_a_folder_of_pictures(trained, tmp_path):
     folder, _ = trained
     flags = ["--num-samples", 2, "--out", f"{tmp_path}/pictures/"]
@@ -336,6 +338,7 @@ def test_stream_prints_a_line_a_frame_equal_to_sample(trained, tmp_path):
     )
 
 
+@pytest.mark.slow  # a process that speaks in real time
 def test_stream_speaks_while_the_sound_arrives(trained):
     folder, _ = trained
     command = [sys.executable, str(ROOT / "talkingflow.py"), "stream"]

@@ -993,6 +993,7 @@ def test_every_file_has_a_line_in_the_report(tmp_path):
     assert report["notes.txt"]["reason"] == "not a kind that is read"
 
 
+@pytest.mark.slow  # starts processes
 def test_a_locale_that_is_not_utf_8_changes_nothing(tmp_path):
     for i, name in enumerate(("Ünï", "b", "c")):
         write_pair(tmp_path / "in", name, i)
@@ -1019,6 +1020,7 @@ def test_preparing_and_its_rooms_load_no_torch():
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.slow  # starts processes
 def test_librosa_loads_where_neither_its_folder_nor_a_home_can_be_written(monkeypatch):
     """numba keeps what it compiles beside the package or in the user's cache: a container may have
     neither."""

@@ -465,6 +465,7 @@ def without_seconds(text):
     return re.sub(r"Cost on this machine.*?\n\n.*?\n\n", "", text, flags=re.DOTALL)
 
 
+@pytest.mark.slow  # trains every row
 def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_again(
     talkers, tmp_path, capsys
 ):
@@ -493,6 +494,7 @@ def test_every_row_runs_on_synthetic_talkers_is_cached_and_comes_out_the_same_ag
     assert rows["checkpoint"]["columns"] == rows["full, ar2"]["columns"]
 
 
+@pytest.mark.slow  # trains every kind of row
 def test_every_kind_of_row_runs_on_real_clips(grid, tmp_path, capsys):
     source = tmp_path / "s1"
     source.mkdir()
@@ -516,6 +518,7 @@ def noisy(talkers, tmp_path_factory):
     return evaluate.Held(Clips(folder))
 
 
+@pytest.mark.slow  # measures twice
 def test_the_figures_that_training_ends_with_are_the_columns_of_the_checkpoint_row(noisy, tmp_path):
     config = talkingflow.dataclasses.replace(noisy.config, steps=3)
     talkingflow.Trainer(config, noisy.clips, tmp_path, "cpu").run()

@@ -12,6 +12,7 @@ import json
 import films
 import numpy as np
 import pytest
+from conftest import thinned
 
 import prepare_data
 
@@ -109,7 +110,7 @@ FILMS = {
 }
 
 
-@pytest.mark.parametrize("name", FILMS)
+@pytest.mark.parametrize("name", thinned(FILMS, 5))
 def test_sound_and_lips_of_a_video_agree_to_10_ms(tmp_path, name):
     file, how = FILMS[name]
     film(tmp_path / "in" / file, **how)
@@ -126,7 +127,7 @@ RATES = {  # intervals between pictures, s, each as likely as it is often here
 }
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", thinned(RATES, 5))
 def test_a_variable_frame_rate_is_in_sync_and_no_face_is_missing(tmp_path, name):
     intervals = np.random.default_rng(3).choice(RATES[name], 1000)
     times = np.cumsum(np.r_[0, intervals])
@@ -164,10 +165,10 @@ def ready(kind, path, times, fps):
 
 @pytest.mark.parametrize(
     "kind",
-    ["csv", "npz of the file's times", "npz counted from the first picture", "npz of some pictures",
-     "npz with a rate", "npy"],
+    thinned(["csv", "npz of the file's times", "npz counted from the first picture", "npz of some pictures",
+             "npz with a rate", "npy"], 3),
 )  # fmt: skip
-@pytest.mark.parametrize("how", [{"late_sound": 0.4}, {"late_picture": 0.3}, {"fps": 30}])
+@pytest.mark.parametrize("how", thinned([{"late_sound": 0.4}, {"late_picture": 0.3}, {"fps": 30}], 3))
 def test_ready_landmarks_keep_the_clock_of_the_video_beside_them(tmp_path, kind, how):
     times = film(tmp_path / "in/a.mkv", **how)
     ready(kind, tmp_path / "in/a", times, how.get("fps", 25))
@@ -214,7 +215,8 @@ def test_bare_landmarks_of_another_rate_are_refused_with_the_reason(tmp_path, fp
 
 @pytest.mark.parametrize(
     "frames, seconds, fps",
-    [(75, 2.978, 25), (75, 3.0, 25), (100, 4.03, 25), (90, 3.02, 30), (900, 30.0, 30), (1500, 60.15, 25)],
+    [(75, 2.978, 25), (75, 3.0, 25), (100, 4.03, 25), (90, 3.02, 30)]
+    + [pytest.param(*v, marks=pytest.mark.slow) for v in ((900, 30.0, 30), (1500, 60.15, 25))],
 )
 def test_bare_landmarks_of_the_right_rate_are_taken_with_a_little_more_or_less_sound(
     tmp_path, frames, seconds, fps

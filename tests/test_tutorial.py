@@ -83,6 +83,7 @@ def test_every_cell_and_every_folded_answer_runs_in_order(tmp_path):
     assert sum(os.times()[2:4]) - before < CPU_SECONDS
 
 
+@pytest.mark.slow  # a process that imports PyTorch
 def test_a_failing_cell_is_quoted_with_its_line(tmp_path):
     code = {"cell_type": "code", "source": ["x = 1\n", "assert x == 2, 'so'"]}
     broken = {"cells": [{"cell_type": "markdown", "source": ["text"]}, code]}
@@ -263,6 +264,7 @@ def test_a_wrong_line_in_the_real_kernel_gets_its_hint(row, hint):
     assert not right and hint in message, message
 
 
+@pytest.mark.slow  # three builds
 @compiler
 def test_the_runner_of_the_real_kernel_notices_a_missing_barrier():
     text, rng = puzzles.cuda_text(), np.random.default_rng(0)

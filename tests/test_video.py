@@ -83,6 +83,7 @@ def error(points, truth):
     return np.nanmean(np.linalg.norm(points - truth, axis=-1)) / np.nanmean(interocular(truth))
 
 
+@pytest.mark.slow  # starts processes
 def test_a_video_becomes_a_folder_through_worker_processes(tmp_path):
     for speaker in ("s1", "s2"):
         (tmp_path / "in" / speaker).mkdir(parents=True)
@@ -98,6 +99,7 @@ def test_a_video_becomes_a_folder_through_worker_processes(tmp_path):
     assert all((tmp_path / f"out/preview/{name}.png").stat().st_size > 20000 for name in ("s1/a", "s2/b"))
 
 
+@pytest.mark.slow  # finds faces in videos
 @pytest.mark.skipif(not GRID.is_dir(), reason="no ../shared/data/grid_video")
 def test_grid_videos_are_dropped_as_measured_and_equal_the_ready_made_landmarks(tmp_path):
     # two damaged, one of 74 frames
@@ -151,6 +153,7 @@ def test_a_cut_ends_the_clip(tmp_path, clip):
     assert len(clips) == 2 and abs(clips[1]["time"] - 1.2) < 0.05 and clips[0]["frames"] >= 29
 
 
+@pytest.mark.slow  # starts processes
 def test_a_folder_of_broken_files_is_survived_and_reported(tmp_path, clip):
     rgb, sound = clip
     rgb, sound = rgb[:30], sound[:19200]
@@ -244,6 +247,7 @@ def test_a_face_turned_by_more_than_half_a_right_angle_is_a_profile():
         assert turned(seen) == (abs(degrees) > 45), degrees
 
 
+@pytest.mark.slow  # starts processes
 def test_a_decoder_that_dies_costs_its_own_file_only(tmp_path):
     sources = [Source("crash", "crash.mpg", part=Crash()), Source("good", str(CLIP))]
     reader = prepare_data.Reader(prepare_data.Settings([], fps=25, mel={}), find_model("mediapipe", None))
@@ -263,6 +267,7 @@ class Crash:
         return os._exit, (11,)
 
 
+@pytest.mark.slow  # processes that find faces in eight videos
 def test_ctrl_c_stops_at_once_and_the_run_goes_on_afterwards(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(8):  # so that some are left when the signal comes; each is another file
@@ -325,6 +330,7 @@ def test_a_wav_of_the_same_name_gives_a_mute_video_its_sound(tmp_path, clip):
     assert np.corrcoef(arrays["audio"], sound[: len(arrays["audio"])])[0, 1] > 0.9999
 
 
+@pytest.mark.slow  # finds faces in videos, and trains
 def test_a_folder_of_videos_becomes_a_talking_face(tmp_path):
     import talkingflow
 
