@@ -34,7 +34,7 @@ from talkingflow import Clips, Config, Trainer, fixed_batches, validate
 POINTS = 9  # validations a training, at equal distances
 FPS, RATE, CLIP = 25, 16000, 75  # frames a second, samples a second, frames a clip of the stand-in folders
 HOURS = {0.5: "", 5: "", 17: "the paper's", 100: "", 400: "", 2400: "VoxCeleb2"}
-# A model, not a measurement of this code: a step of the prototypes of csrc/README.md on an H100 as one CUDA
+# A model, not a measurement of this code: a step of prototypes on an H100 (PyTorch 2.11) as one CUDA
 # graph, ms: demo (B 8, T 74) in float32, paper (B 128, T 80) in bfloat16.
 H100_STEP = {"demo": 6.4, "paper": 40.8}
 EPOCHS = {"demo": 10, "paper": 100}
