@@ -8,6 +8,7 @@
 //   shared memory     exactly as many bytes as the launch asked for, filled with NaN (0xFF), never with zeros.
 //   cp.async          copies that arrive some time before the thread's own wait returns. Here: as late as allowed,
 //                     inside the wait; until then the destination holds NaN.
+//   Hopper            copies by boxes, mbarriers, products of a warpgroup: cuda_on_cpu_hopper.h, on the queues here.
 //
 // What real hardware leaves undefined stops the program here, with the line: threads of a block waiting at different
 // barriers, a thread that returns while others wait, part of a warp at an exchange, more than 1024 threads or more
@@ -37,6 +38,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__ &  // one for all threads, as long as the kernel runs
 #define __launch_bounds__(...)
 struct dim3 {
     unsigned x, y, z;
@@ -44,13 +46,29 @@ struct dim3 {
 };
 
 namespace cuda_on_cpu {
-constexpr size_t STACK_BYTES = 256 * 1024, SHARED_LIMIT = 99 * 1024;  // the least of any GPU with tensor cores for bf16
-enum State { RUNS, AT_BARRIER, AT_EXCHANGE, FINISHED };
+constexpr size_t STACK_BYTES = 256 * 1024, SHARED_LIMIT = 99 * 1024,  // the least of any GPU with tensor cores for bf16
+    HOPPER_SHARED_LIMIT = 227 * 1024;                                 // of kernels that only Hopper can run
+enum State { RUNS, AT_BARRIER, AT_EXCHANGE, AT_WARPGROUP, AT_PHASE, FINISHED };
 
 struct Copy {  // one cp.async under way
     char* to;
     const char* from;
     size_t bytes, valid;  // zeros behind `valid`
+};
+struct Operation {  // something asynchronous under way: who carries it out, and what that needs to know
+    void (*run)(const Operation&);
+    const void* what;
+    void* to;
+    uint64_t a, b, seen;
+    int at[4], group;
+};
+struct Queue {
+    Operation items[64];
+    int count, group;  // those under way; the group to which the next one will belong
+};
+struct Range {
+    const char* from;
+    size_t bytes;
 };
 struct Thread {
     ucontext_t context;
@@ -62,6 +80,13 @@ struct Thread {
     unsigned exchanges;
     Copy copies[512];  // those not yet waited for: the first `under_way`
     int under_way;
+    Queue products, stores;  // of tensor cores and TMA, not yet waited for
+    bool registers_ready;    // for wgmma: its fence came
+    Range unfenced[64];      // what it stored and TMA may not see yet: the first `unfenced_count`
+    int unfenced_count, meetings;
+    unsigned name;        // the named barrier where its warpgroup meets
+    const void* barrier;  // the mbarrier it waits at, and for which parity
+    unsigned parity;
     watchers::Fiber fiber;
 };
 
@@ -75,7 +100,10 @@ inline ucontext_t scheduler;
 inline dim3 block_index, block_size, grid_size;
 inline char* shared_memory = nullptr;
 inline const std::function<void()>* kernel_call = nullptr;
-inline char clocks[watchers::CREWS][2], *barrier_clocks = clocks[0], begin_clock, end_clock;
+inline char clocks[watchers::CREWS][34], *barrier_clocks = clocks[0], begin_clock, end_clock;
+inline Queue arriving;                              // boxes on their way to shared memory
+inline bool newest_first, is_hoppers;               // which of them arrives next; the kernel uses Hopper's means
+inline bool (*phase_ended)(const void*, unsigned);  // has the phase of this parity ended at this mbarrier?
 
 [[noreturn]] inline void fail(const char* what, int line = 0) {
     fprintf(stderr, "cuda_on_cpu: %s", what);
@@ -104,6 +132,7 @@ UNTRACED inline void thread_main() {
     watchers::first_steps();
     watchers::observe(&begin_clock);
     (*kernel_call)();
+    if (self->products.count || self->stores.count) fail("a thread ends before what it started: a wait is missing");
     watchers::publish(&end_clock);
     pause(FINISHED, 0);
 }
@@ -114,6 +143,16 @@ UNTRACED inline void barrier(int line) {
     char* const clock = &barrier_clocks[self->barriers++ % 2];
     watchers::publish(clock);
     pause(AT_BARRIER, line);
+    watchers::observe(clock);
+}
+
+// The 128 threads of a warpgroup meet at the hardware barrier `name`.
+UNTRACED inline void meet(unsigned name, int line) {
+    if (name < 1 || name > 15) fail("a warpgroup's barrier is 1 to 15", line);
+    char* const clock = &barrier_clocks[2 + 2 * name + self->meetings++ % 2];
+    self->name = name;
+    watchers::publish(clock);
+    pause(AT_WARPGROUP, line);
     watchers::observe(clock);
 }
 
@@ -129,11 +168,22 @@ template <class V> UNTRACED inline V shown_by(unsigned lane) {
     return *reinterpret_cast<const V*>(threads[(self - threads) / 32 * 32 + lane % 32].mail[self->exchanges % 2]);
 }
 
-// Moves waiting threads on: a warp whose 32 lanes stand at one exchange, or a block whose threads all stand at one
-// barrier.
+// A box arrives, as late as can be; the threads that waited for it go on before the next one does.
+UNTRACED inline bool deliver() {
+    if (arriving.count == 0) return false;
+    const int i = newest_first ? arriving.count - 1 : 0;
+    const Operation next = arriving.items[i];
+    for (int j = i + 1; j < arriving.count; ++j) arriving.items[j - 1] = arriving.items[j];
+    --arriving.count;
+    next.run(next);
+    return true;
+}
+
+// Moves waiting threads on: a warp whose 32 lanes stand at one exchange, 128 threads at one named barrier, threads
+// whose phase has ended, or a block whose threads all stand at one barrier. Where none moves, a box arrives.
 UNTRACED inline bool release() {
     bool moved = false;
-    size_t at_barrier = 0, finished = 0, barrier_line = 0;
+    size_t at_barrier = 0, finished = 0, barrier_line = 0, at_name[16] = {};
     for (size_t first = 0; first < thread_count; first += 32) {
         const size_t lanes = std::min<size_t>(32, thread_count - first);
         size_t waiting = 0;
@@ -141,6 +191,11 @@ UNTRACED inline bool release() {
             const Thread& t = threads[i];
             finished += t.state == FINISHED;
             if (t.state == AT_EXCHANGE) waiting += t.line == threads[first].line;
+            if (t.state == AT_WARPGROUP) ++at_name[t.name];
+            if (t.state == AT_PHASE && phase_ended(t.barrier, t.parity)) {
+                threads[i].state = RUNS;
+                moved = true;
+            }
             if (t.state != AT_BARRIER) continue;
             if (at_barrier++ == 0) barrier_line = t.line;
             if ((int)barrier_line != t.line) fail("threads of one block wait at different barriers", t.line);
@@ -150,12 +205,22 @@ UNTRACED inline bool release() {
             moved = true;
         }
     }
+    for (size_t i = 0; i < thread_count; ++i) {
+        Thread& t = threads[i];
+        if (t.state != AT_WARPGROUP || at_name[t.name] < 128) continue;
+        if (at_name[t.name] > 128) fail("two warpgroups meet at one named barrier", t.line);
+        t.state = RUNS;
+        moved = true;
+    }
     if (at_barrier == thread_count) {
         for (size_t i = 0; i < thread_count; ++i) threads[i].state = RUNS;
         return true;
     }
-    if (moved || finished == thread_count) return moved;
+    if (finished == thread_count && arriving.count) fail("a block ends before its boxes have arrived");
+    if (moved || finished == thread_count || deliver()) return finished < thread_count;
     for (size_t i = 0; i < thread_count; ++i) {
+        if (threads[i].state == AT_PHASE) fail("an mbarrier's phase that never ends", threads[i].line);
+        if (threads[i].state == AT_WARPGROUP) fail("a barrier without all of the warpgroup", threads[i].line);
         if (threads[i].state == AT_EXCHANGE) fail("an exchange without all 32 lanes of the warp", threads[i].line);
     }
     fail("a barrier that some threads of the block never reach", (int)barrier_line);
@@ -172,7 +237,8 @@ UNTRACED inline void start(Thread& t, size_t i) {
     makecontext(&t.context, (void (*)())thread_main, 0);
     t.index = dim3(i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y);
     t.state = RUNS;
-    t.barriers = t.exchanges = t.under_way = 0;
+    t.barriers = t.exchanges = t.under_way = t.products.count = t.stores.count = t.unfenced_count = t.meetings = 0;
+    t.registers_ready = false;
 }
 
 UNTRACED inline void run_block(const std::vector<size_t>& order) {
@@ -200,7 +266,7 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
     if (count < 1 || count > 1024) fail("a block needs 1 to 1024 threads");
     if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
         fail("grid out of range");
-    if (bytes > SHARED_LIMIT) fail("more than 99 KB of shared memory");
+    if (bytes > HOPPER_SHARED_LIMIT) fail("more than 227 KB of shared memory");
     thread_count = count;
     ++launches;
     block_size = block;
@@ -208,6 +274,8 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
     kernel_call = &call;
     watchers::scheduler_is_here();
     const std::vector<size_t> order = thread_order(count);
+    newest_first = order[0] > order[count - 1];
+    is_hoppers = false;
     const char* which = getenv("CUDA_ON_CPU_BLOCKS");
     const unsigned long long blocks = (unsigned long long)grid.x * grid.y * grid.z,
                              first = which && !strcmp(which, "last") ? blocks - 1 : 0;
@@ -219,6 +287,7 @@ UNTRACED inline void launch(dim3 grid, dim3 block, size_t bytes, const std::func
         memset(shared_memory, 0xFF, bytes);
         watchers::publish(&begin_clock);  // a block sees the launches before, and its shared memory
         run_block(order);
+        if (bytes > SHARED_LIMIT && !is_hoppers) fail("more than 99 KB of shared memory");
         if (watchers::REUSES_SHARED_MEMORY) free(shared_memory);
     }
     watchers::observe(&end_clock);

@@ -95,6 +95,8 @@ Tensor frames_apart(const Tensor& v) {
 // (2H, C, K) as the kernels read it, K before C. The transposed view of a (2H, K, C) parameter costs nothing here.
 Tensor taps_first(const Tensor& w) { return torch::stable::contiguous(torch::stable::transpose(w, 1, 2)); }
 
+bool on_16_bytes(const Tensor& v) { return reinterpret_cast<uintptr_t>(v.data_ptr()) % 16 == 0; }
+
 // Checks x and weight, makes both readable by the kernels, and describes them.
 Layer layer_of(Tensor& x, Tensor& weight, int64_t dilation) {
     STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "x must be (B, T, C) and weight (2H, C, K)");
@@ -112,6 +114,7 @@ Layer layer_of(Tensor& x, Tensor& weight, int64_t dilation) {
     n.B = (int)x.size(0), n.T = (int)x.size(1), n.C = (int)x.size(2);
     n.H = (int)(weight.size(0) / 2), n.K = (int)weight.size(1), n.dilation = (int)dilation;
     n.x_row = x.stride(1);
+    n.aligned = on_16_bytes(x) && on_16_bytes(weight);
     return n;
 }
 
@@ -119,7 +122,8 @@ int choose_version(int code, int64_t version, const Layer& n) {
     const int chosen = gated_conv_version(code, version > 9 ? 9 : (int)version, &n);
     STD_TORCH_CHECK(chosen > 0, "version ", version,
                     " cannot run this: 1 takes everything, 2 and 3 need taps whose tile fits 48 KB of shared memory, "
-                    "4 fits 99 KB and needs float16 or bfloat16 and a GPU of compute capability 8.0; 0 chooses");
+                    "4 fits 99 KB and needs float16 or bfloat16 and a GPU of compute capability 8.0, 5 these types, "
+                    "9.0 and rows that are multiples of 16 bytes; 0 chooses");
     return chosen;
 }
 
@@ -150,6 +154,7 @@ std::tuple<Tensor, Tensor> forward_op(Tensor x, Tensor weight, std::optional<Ten
         check_tensor("cond", *cond, x, {n.B, n.T, 2 * n.H});
         cond = frames_apart(*cond);
         n.cond_row = cond->stride(1);
+        n.aligned = n.aligned && on_16_bytes(*cond);
     }
     const OnDevice device(x);
     const int chosen = choose_version(code, version, n);

@@ -13,6 +13,7 @@
 //   version 2  a tile in shared memory: what 256 threads read is loaded once                               any dtype
 //   version 3  registers: a thread owns 32 sums, so each number it reads from the tile is used 4 or 8 times  any dtype
 //   version 4  tensor cores: a warp multiplies 16 x 16 by 16 x 8 at once, fed by cp.async       16-bit, sm_80 and later
+//   version 5  Hopper: TMA, whose zero fill is the causal padding, mbarriers, wgmma: hopper.cu          16-bit, sm_90a
 // Backward keeps a and recomputes the gate from it in float32 (float64 for float64): da, which is dcond too, and parts
 // of dbias; then dx is the forward product with w transposed and taps that look ahead, dw a product summed over all
 // frames, split into parts. One last kernel adds up the parts of both. Version 4's dx computes da itself where that
@@ -881,6 +882,12 @@ template <class T, int TAPS> __global__ void __launch_bounds__(THREADS, 2)
     }
 }
 
+// Blocks that fill a GPU; where fewer would be left, tiles are shorter or another version takes over.
+#ifndef FULL_BLOCKS
+#define FULL_BLOCKS 96  // tests take fewer, so that small shapes have long tiles too
+#endif
+#include "hopper.cu"  // version 5
+
 // ==== Launchers ======================================================================================================
 // Return nullptr, or what went wrong in words. Every launch goes to the caller's stream and is followed by a check;
 // none allocates or waits. A grid of no blocks is an error in CUDA, so empty tensors launch nothing.
@@ -907,9 +914,6 @@ inline long long shared_dw_v4(const Layer& n, int taps) {
 }
 
 // 16 M frames a slot: 80 where that fits and leaves enough blocks to fill a GPU. The order of the sums is the same.
-#ifndef FULL_BLOCKS
-#define FULL_BLOCKS 96  // tests take fewer, so that small shapes have long tiles too
-#endif
 inline bool long_tiles(const Layer& n) {
     return ceil_div(n.B * ceil_div(n.T, 80), SLOTS) * ceil_div(n.H, PAIRS4) >= FULL_BLOCKS &&
            shared_forward_v4(n, 5) <= SM_80_ON;  // dx and dw need less
@@ -934,6 +938,7 @@ inline int dw_taps(const Layer& n) {
     return n.dilation > DW_TIMES / 2 ? 1 : n.K % 3 == 0 ? 3 : n.K % 2 == 0 ? 2 : 1;
 }
 inline int splits_of(int version, const Layer& n) {
+    if (version == 5) return dw_splits_v5(n);
     if (version == 4)
         return dw_splits(n, ceil_div(2LL * n.H, 64) * ceil_div(n.C, 64) * (n.K / dw_taps(n)), DW_TIMES);
     return version == 3 ? dw_splits(n, ceil_div(2LL * n.H, ROWS) * ceil_div(n.C, ROWS) * n.K, DW_DEPTH) : 0;
@@ -1014,6 +1019,9 @@ static const char* run_forward(int version, const Layer& n, const T* x, const T*
         if (version == 4)
             return long_tiles(n) ? run_forward_v4<T, 5>(n, x, w, bias, cond, y, a, stream)
                                  : run_forward_v4<T, 1>(n, x, w, bias, cond, y, a, stream);
+        if (version == 5)
+            return times_v5(n) == 80 ? run_forward_v5<T, 80>(n, x, w, bias, cond, y, a, stream)
+                                     : run_forward_v5<T, 64>(n, x, w, bias, cond, y, a, stream);
     }
     return nullptr;
 }
@@ -1074,6 +1082,8 @@ static const char* run_dx(int version, const Layer& n, const T* dy, const T* a, 
         if (version == 4)
             return long_tiles(n) ? run_dx_v4<T, 5, false>(n, dy, a, da, parts, w, dx, stream)
                                  : run_dx_v4<T, 1, false>(n, dy, a, da, parts, w, dx, stream);
+        if (version == 5)
+            return times_v5(n) == 80 ? run_dx_v5<T, 80>(n, da, w, dx, stream) : run_dx_v5<T, 64>(n, da, w, dx, stream);
     }
     return nullptr;
 }
@@ -1093,6 +1103,8 @@ static const char* run_dw(int version, const Layer& n, const T* da, const T* x, 
     if constexpr (IS_16_BIT<T>) {
         const int taps = dw_taps(n);
         const char* problem = version < 4 ? nullptr
+                              : version == 5 ? (times_v5(n) == 80 ? run_dw_v5<T, 80>(n, da, x, parts, stream)
+                                                                  : run_dw_v5<T, 64>(n, da, x, parts, stream))
                               : taps == 3 ? run_dw_v4<T, 3>(n, da, x, parts, stream)
                               : taps == 2 ? run_dw_v4<T, 2>(n, da, x, parts, stream)
                                           : run_dw_v4<T, 1>(n, da, x, parts, stream);
@@ -1154,12 +1166,13 @@ extern "C" const char* gated_conv_backward(int dtype, int version, const Layer* 
 
 extern "C" int gated_conv_version(int dtype, int version, const Layer* n) {
     const int element = dtype == 1 ? 8 : 4;
-    const bool fits[5] = {false, true, shared_v2(*n, element) <= EVERY_GPU, shared_v3(*n, element) <= EVERY_GPU,
-                          dtype >= 2 && shared_forward_v4(*n, 1) <= SM_80_ON && has_tensor_cores()};
-    for (int best = 4; version == 0; --best) {
+    const bool fits[6] = {false, true, shared_v2(*n, element) <= EVERY_GPU, shared_v3(*n, element) <= EVERY_GPU,
+                          dtype >= 2 && shared_forward_v4(*n, 1) <= SM_80_ON && has_tensor_cores(),
+                          dtype >= 2 && fits_v5(*n) && has_hopper()};
+    for (int best = fits[5] && is_worth_v5(*n) ? 5 : 4; version == 0; --best) {
         if (fits[best]) return best;
     }
-    return version > 0 && version < 5 && fits[version] ? version : 0;
+    return version > 0 && version < 6 && fits[version] ? version : 0;
 }
 
 extern "C" long long gated_conv_workspace(int version, const Layer* n) {

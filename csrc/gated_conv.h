@@ -4,6 +4,7 @@
 struct Layer {  // all tensors contiguous, but x and cond may be slices of channels: the stride of their frames
     int B, T, C, H, K, dilation;  // batch, frames, input channels, output channels, taps, frames between taps
     long long x_row, cond_row;    // in elements: C and 2H where contiguous; an item begins T frames after the last
+    bool aligned;                 // x, w, cond begin on 16 bytes, which version 5 needs
 };
 
 // dtype: 0 float32, 1 float64, 2 float16, 3 bfloat16. bias, cond and a may be null. Pointers are device memory, stream

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import torch
 from media.console import UserError
 
 CSRC = Path(__file__).resolve().parent
-SOURCES = "gated_conv.h", "tensor_cores.h", "gated_conv.cpp", "gated_conv.cu"
+SOURCES = "gated_conv.h", "tensor_cores.h", "hopper.h", "gated_conv.cpp", "gated_conv.cu", "hopper.cu"
 # Where `auto` takes the fused operator: (dtype, major compute capability) -> what says that it is faster.
 # Times are us of forward and all gradients; rung 4's are those of its prototype (csrc/README.md).
 FASTER = {
@@ -109,10 +110,14 @@ def find_toolkit():
 
 
 def architectures():
-    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the usual ones."""
+    """What to compile for: TORCH_CUDA_ARCH_LIST, else the GPUs that are here, else the usual ones.
+
+    9.0 becomes 9.0a, the only name under which Hopper takes hopper.cu; as PTX that would run nowhere else.
+    """
     gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
     here = ";".join(f"{a}.{b}" for a, b in gpus)
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or here or "7.5;8.0;8.6;9.0+PTX"
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or here or "7.5;8.0;8.6;9.0+PTX"
+    return re.sub(r"9\.0(\+PTX)?(?!a)", lambda found: "8.0+PTX;9.0a" if found[1] else "9.0a", wanted)
 
 
 def compile_sources(toolkit, arch, built):
