@@ -1,9 +1,11 @@
 """Faces where a user meets them: strangers' voices, quiet microphones, silence. Prints Markdown rows.
 
-    python tests/faces.py --checkpoint FILE --data DIR [--split test] [--speaker s4] [--limit 40]
+    python tests/faces.py --checkpoint FILE [FILE ...] --data DIR [--split test] [--speaker s4] [--limit 40]
 
-Each clip's sound is heard anew, as 16-bit samples at several gains. Distances are in interocular distances of
-the model's training data; quiet frames are the quietest fifth of all.
+Of several checkpoints (training seeds) the mean, the least and the greatest number. Each clip's sound is
+heard anew, as 16-bit samples at several gains. Distances are in those of the outer eye corners of the face
+itself, recorded or sampled. A frame is quiet where the sound between 300 and 4000 Hz is more than 25 dB below
+the clip's loud level (its 95th percentile): the rule of speech detectors.
 """
 
 import argparse
@@ -17,10 +19,10 @@ from media.landmarks import interocular, lip_points, mouth_opening, points
 from media.sound import Mel
 
 
-def gap(track, unit):
-    """Distance of the inner lips' middles (...,), in interocular distances."""
+def gap(track):
+    """Distance of the inner lips' middles over the frames (T,) of a track (T, 136)."""
     p = points(track)
-    return np.linalg.norm(p[..., 62, :] - p[..., 66, :], axis=-1) / unit
+    return np.linalg.norm(p[:, 62] - p[:, 66], axis=-1) / interocular(p).mean()
 
 
 def mean_correlation(pairs):
@@ -46,26 +48,49 @@ def hear(clips, chosen, mel, lead, gain=0, before=(), snr=None, narrow=False):
     return heard
 
 
-def lip_speed(track, unit):
-    """Root mean square change a frame of the lip points about their centre (T - 1,)."""
-    return np.sqrt(np.square(np.diff(lip_points(track), axis=0)).sum(-1).mean(-1)) / unit
+def lip_speed(track):
+    """Root mean square change of the lip points about their centre since the last frame (T,); frame 0 has
+    none."""
+    change = np.diff(lip_points(track), axis=0, prepend=lip_points(track)[:1])
+    return np.sqrt(np.square(change).sum(-1).mean(-1)) / interocular(points(track)).mean()
+
+
+def at_rest(tracks, quiet):
+    """Mean opening and root mean square lip speed of tracks (T, 136) in their quiet frames (T,)."""
+    openings = [gap(x)[: len(q)][q] for x, q in zip(tracks, quiet, strict=True)]
+    speeds = [lip_speed(x)[: len(q)][q & (np.arange(len(q)) > 0)] for x, q in zip(tracks, quiet, strict=True)]
+    return np.concatenate(openings).mean(), np.sqrt(np.square(np.concatenate(speeds)).mean())
+
+
+def loudness(columns):
+    """Logarithm (T,) of the summed power of absolute log-mel columns (T, M)."""
+    return np.log(np.exp(columns).sum(1))
 
 
 class Measured:
     """Clips whose recorded faces a flow's faces are held against."""
 
     def __init__(self, flow, data, clips, chosen, seed=0):
-        self.flow, self.unit, self.fps, self.seed = flow, data["interocular"], data["fps"], seed
-        self.sigma = flow.config.noise * self.unit
-        self.mel = Mel(**data["mel"], fps=self.fps, sample_rate=clips.meta["sample_rate"])
-        self.hear = lambda mel=self.mel, **how: hear(clips, chosen, mel, flow.config.lead, **how)
+        self.flow, self.clips, self.seed, rate = flow, clips, seed, clips.meta["sample_rate"]
+        self.fps, self.sigma = data["fps"], flow.config.noise * data["interocular"]
+        self.mel = Mel(**data["mel"], fps=self.fps, sample_rate=rate)
+        self.hear = lambda mel=self.mel, lead=flow.config.lead, **how: hear(clips, chosen, mel, lead, **how)
         self.plain = self.hear()
         rows = [slice(clip["start"], clip["start"] + clip["frames"]) for clip in chosen]
         self.truth = [np.array(clips.landmarks[r])[: len(c)] for r, c in zip(rows, self.plain, strict=True)]
         self.openings = [mouth_opening(points(x)) for x in self.truth]
-        absolute = Mel(fps=self.fps, sample_rate=clips.meta["sample_rate"], level=0)
-        loud = [np.log(np.exp(c).sum(1)) for c in hear(clips, chosen, absolute, 0)]
-        self.loud = [e[: len(x)] for e, x in zip(loud, self.truth, strict=True)]
+        wide, voice = (
+            [loudness(c)[: len(x)] for c, x in zip(self.hear(mel, 0), self.truth, strict=True)]
+            for mel in (
+                Mel(fps=self.fps, sample_rate=rate, level=0),
+                Mel(fps=self.fps, sample_rate=rate, level=0, fmin=300, fmax=4000),
+            )
+        )
+        self.loud, fifth = wide, np.quantile(np.concatenate(wide), 0.2)
+        self.quiet = {
+            "quiet frames": [e < np.quantile(e, 0.95) - 2.5 * np.log(10) for e in voice],
+            "the quietest fifth": [e <= fifth for e in wide],
+        }
 
     def speak(self, columns, temperature=0.0, denoise=False):
         import torch
@@ -104,31 +129,26 @@ class Measured:
 
     def rests(self):
         """Opening and lip speed in the quiet frames."""
-        level = np.quantile(np.concatenate(self.loud), 0.2)
         tracks = {"truth": self.truth, "sample": self.speak(self.plain, 1.0)}
         tracks |= {
             "denoised sample": self.speak(self.plain, 1.0, True),
             "temperature 0": self.speak(self.plain),
         }
-        for name, faces in tracks.items():
-            gaps, speeds = [], []
-            for x, e in zip(faces, self.loud, strict=True):
-                unit = interocular(points(x)).mean() if name == "truth" else self.unit
-                gaps.append(gap(x, unit)[: len(e)][e <= level])
-                speeds.append(lip_speed(x, unit)[: len(e) - 1][e[1:] <= level])
-            yield f"quiet frames, opening, {name}", np.concatenate(gaps).mean()
-            yield f"quiet frames, lip speed, {name}", np.sqrt(np.square(np.concatenate(speeds)).mean())
+        for where, quiet in self.quiet.items():
+            yield f"{where}, share", np.concatenate(quiet).mean()
+            for i, what in enumerate(("opening", "lip speed")):
+                for name, faces in tracks.items():
+                    yield f"{where}, {what}, {name}", at_rest(faces, quiet)[i]
 
     def begins(self):
         """What the face does in a second of no voice before the sentence."""
         hiss = np.round(np.random.default_rng(0).normal(0, 3, self.mel.sample_rate))
         for name, before in (("digital silence", 0 * hiss), ("hiss", hiss)):
             tracks = self.speak(self.hear(before=before))
-            start = np.stack([x[:20] for x in tracks])
-            yield f"a second of {name} first, opening in it", gap(start, self.unit).mean()
+            yield f"a second of {name} first, opening in it", np.mean([gap(x)[:20] for x in tracks])
             yield (
                 f"a second of {name} first, fastest lips in it",
-                max(lip_speed(x, self.unit).max() for x in start),
+                max(lip_speed(x)[:20].max() for x in tracks),
             )
             after = self.correlation([x[self.fps :] for x in tracks])
             yield f"a second of {name} first, mouth correlation after it", after
@@ -144,24 +164,42 @@ class Measured:
         yield "error of noisy truth, denoised, over the noise", np.sqrt(np.mean(error)) / self.sigma
 
 
-def main():
+def figures(path, args):
+    """{what: number} of one checkpoint."""
+    from study.metrics import measure
     from talkingflow import Clips, load_checkpoint
 
+    (flow, state), clips = load_checkpoint(path), Clips(args.data)
+    chosen = [clip for clip in clips.clips if args.split in ("all", clip["split"])]
+    chosen = [clip for clip in chosen if clip["speaker"].startswith(args.speaker)][: args.limit]
+    measured = Measured(flow, state["data"], clips, chosen)
+    found = {"clips": len(chosen)}
+    for part in (measured.follows, measured.rests, measured.begins, measured.denoises):
+        found |= part()
+    if state["data"]["fingerprint"] == clips.meta["fingerprint"]:  # what it was trained on: densities too
+        m = measure(flow, clips, args.split, args.limit)
+        found |= {"NLL": m["nll"], "NLL less that of VAR(3)": m["nll"] - m["var3"]}
+        for name in ("l_mor", "l_mor_temperature0", "head_jitter", "mouth_jitter"):
+            found[name.replace("_", " ").replace("temperature0", "at temperature 0")] = m[name]
+        for name, key in (("", ""), (", truth", "_truth")):
+            found[f"velocity autocorrelation of the head{name}"] = m["velocity_autocorrelation" + key]
+    return found
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", default="pretrained/grid.pt")
+    parser.add_argument("--checkpoint", nargs="+", default=["pretrained/grid.pt"])
     parser.add_argument("--data", required=True)
     parser.add_argument("--split", default="test", help="train, val, test or all [test]")
     parser.add_argument("--speaker", default="", help="only those whose name begins so")
     parser.add_argument("--limit", type=int, default=40, help="at most so many clips [40]")
     args = parser.parse_args()
-    (flow, state), clips = load_checkpoint(args.checkpoint), Clips(args.data)
-    chosen = [clip for clip in clips.clips if args.split in ("all", clip["split"])]
-    chosen = [clip for clip in chosen if clip["speaker"].startswith(args.speaker)][: args.limit]
-    print(f"| {len(chosen)} clips of {args.data} {args.split} {args.speaker} | |\n|---|---|")
-    measured = Measured(flow, state["data"], clips, chosen)
-    for part in (measured.follows, measured.rests, measured.begins, measured.denoises):
-        for what, number in part():
-            print(f"| {what} | {number:.4f} |", flush=True)
+    each = [figures(path, args) for path in args.checkpoint]
+    print(f"| {' '.join(args.checkpoint)} on {args.data} {args.split} {args.speaker} | |\n|---|---|")
+    for what in each[0]:
+        numbers = [found[what] for found in each]
+        spread = f" [{min(numbers):.4f}, {max(numbers):.4f}]" if len(each) > 1 else ""
+        print(f"| {what} | {np.mean(numbers):.4f}{spread} |")
 
 
 if __name__ == "__main__":

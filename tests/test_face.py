@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from faces import at_rest
 
 import talkingflow
 from cli import PRETRAINED
@@ -273,6 +274,15 @@ def test_without_a_wav_the_shipped_sentence_is_spoken_beside_its_recorded_face(t
     assert said.shape == (1, 74, 68, 2) and said.min() > -0.5 and said.max() < 1.5
     assert talkingflow.main(["sample", "--out", "x.html", "--device", "cpu"]) == 0
     assert Path("x.html").stat().st_size > 100_000  # faces, the recorded one and the sound
+
+
+def test_rest_is_measured_alike_in_a_recorded_and_a_drawn_face():
+    said = np.load(SHIPPED.with_suffix(".npy")).reshape(-1, 136)  # pixels
+    quiet = np.arange(len(said)) % 3 == 0
+    assert np.allclose(at_rest([said], [quiet]), at_rest([said / 360], [quiet]), rtol=1e-5)
+    wide = np.repeat(np.load(SHIPPED.with_suffix(".npy"))[:1], 2, 0)
+    wide[:, 62], wide[:, 66] = wide[:, 36], wide[:, 45]  # open as far as the eyes are apart
+    assert np.allclose(at_rest([wide.reshape(-1, 136)], [np.array([True, True])]), (1, 0))
 
 
 # --- sounds that the model has not heard the like of
