@@ -573,7 +573,7 @@ def finish(args, settings, entries, leftovers, writer):
     found = survey(out, fps, settings.mel["fmax"], clips)
     describe(found, clips, entries)
     meta = meta_of(fps, settings.mel, normalisation="face box", skipped=dict(reasons))
-    meta |= {"defaults": {"lead": 2, "noise": 0.0022}, "interocular": found.interocular}
+    meta |= {"defaults": {"lead": 2, "noise": 0.0022, "tilt": 1.5}, "interocular": found.interocular}
     meta["audio_offset"] = found.late if args.audio_offset == "auto" else int(args.audio_offset)
     old = out / "meta.json"
     before = json.loads(old.read_text(encoding="utf-8")).get("audio_offset", 0) if old.is_file() else 0

@@ -100,6 +100,7 @@ class Config:
     mean_lr: float = 3.0  # learning rate of the prior's mean, times lr (not in the paper)
     mean_loss: float = 0.5  # start weight of the mean's own squared error, 0 after 70 % of training (ours)
     noise: float = 0.0022  # dequantisation noise in interocular distances (ours; the data decides)
+    tilt: float = 0.0  # slope of the sound's spectrum in training, up to +-, nats (ours; the data decides)
     precision: str = "auto"  # of the ConditionTCNs in training: float32, bfloat16; auto: the faster one
     recompute: bool = False  # compute the ConditionTCNs again in the backward pass instead of storing them
     eval_interval: int = 200  # steps between validations
@@ -363,8 +364,7 @@ class Prior(nn.Module):
         self.past = None
 
     def nothing(self, batch_size):
-        before, before2 = self.variance.new_zeros(2, batch_size, len(self.variance))
-        return 0, before, before2
+        return 0, *self.variance.new_zeros(2, batch_size, len(self.variance))
 
     def remember(self, batch_size, frame=0, last=None):
         """Before a stream's first frame; later, the frames so far and the last ones, in the same places, so
@@ -635,7 +635,7 @@ class Clips(TrainingFolder):
         chosen = np.searchsorted(ends, picks, side="right")
         return [(clips[i], int(ends[i] - 1 - pick)) for i, pick in zip(chosen, picks)]  # counted from the end
 
-    def batch(self, windows, T, lead=0, noise=0.0, generator=None):
+    def batch(self, windows, T, lead=0, noise=0.0, generator=None, tilt=0.0):
         """x (B, T, D) plus noise of `noise` interocular distances, c (B, T, M) heard `lead` frames ahead."""
         x, c = [], []
         for clip, s in windows:
@@ -645,6 +645,9 @@ class Clips(TrainingFolder):
         x, c = torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(c))
         if noise:
             x = x + noise * self.meta["interocular"] * torch.randn(x.shape, generator=generator)
+        if tilt:  # a slope over the bands, the same for all of a window: another microphone, room, voice
+            slope = tilt * (2 * torch.rand(len(c), 1, 1, generator=generator) - 1)
+            c = c + slope * torch.linspace(-1, 1, c.shape[2])
         return x, c
 
 
@@ -732,8 +735,7 @@ class Trainer:
         self.T = clips.window_length(config.seq_len)
         windows = len(clips.windows("train", self.T))
         self.steps = config.steps or math.ceil(config.epochs * windows / config.batch_size)
-        held = (fixed_batches(clips, split, self.T, config, self.device) for split in ("train", "val"))
-        self.held = dict(zip(("train", "val"), held))
+        self.held = {s: fixed_batches(clips, s, self.T, config, self.device) for s in ("train", "val")}
         if not self.held["val"]:
             found = f"no validation window of {self.T} frames vs at least 1"
             raise UserError(f"{clips.folder}: {found}. Prepare more clips or lower --seq_len")
@@ -763,7 +765,7 @@ class Trainer:
             group["lr"].fill_(config.lr * share * group["scale"])
         self.fade.fill_(config.mean_loss * max(0.0, 1 - self.step / (0.7 * self.steps)))
         windows = self.clips.draw(config.batch_size, self.T, self.generator)
-        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator)
+        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator, config.tilt)
         x, c = (v[self.rank :: self.world] for v in (x, c))  # so that N processes do what one would
         if self.device.type == "cuda":  # from pinned memory, so that the copy need not wait for the last step
             x, c = (v.pin_memory().to(self.device, non_blocking=True) for v in (x, c))

@@ -643,6 +643,7 @@ def test_grid_clips_are_kept_and_dropped_as_measured(tmp_path):
     assert sum(c["split"] == "test" for c in meta["clips"]) == 11 and meta["defaults"] == {
         "lead": 2,
         "noise": 0.0022,
+        "tilt": 1.5,
     }
     clip = next(c for c in meta["clips"] if c["name"] == "s1/s1_bbaf2n")
     with np.load(GRID / "s1/s1_bbaf2n.npz") as z:

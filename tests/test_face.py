@@ -15,7 +15,7 @@ from media.console import UserError
 from media.face import draw_on, head_latents, read_face, rest_face, steer, with_eyes_of
 from media.landmarks import face_box, lip_points, mouth_opening, points
 from media.sound import FLOOR, QUIET, Mel, unlike_speech
-from talkingflow import Config, Talker, TalkingFlow, load_checkpoint
+from talkingflow import Clips, Config, Talker, TalkingFlow, load_checkpoint
 
 SHIPPED = PRETRAINED.with_name("held-out")
 
@@ -54,6 +54,17 @@ def test_blocks_and_the_whole_are_bit_equal():
         mel.forget()
         pieces = np.split(sound, np.sort(rng.integers(0, len(sound), 50)))
         assert np.array_equal(np.concatenate([mel.push(piece) for piece in pieces]), whole)
+
+
+def test_training_leans_the_spectrum_of_each_window_and_nothing_else(waves):
+    clips, tilt = Clips(waves), 1.5
+    windows = clips.windows("train", 32)[:40]
+    (x, c), (same, leaning) = (
+        clips.batch(windows, 32, tilt=t, generator=torch.Generator().manual_seed(0)) for t in (0.0, tilt)
+    )
+    slope = (leaning - c)[:, 0, -1]
+    assert torch.equal(x, same) and slope.abs().max() <= tilt and 0.5 < slope.std() / (tilt / 3**0.5) < 1.5
+    assert torch.allclose(leaning - c, slope[:, None, None] * torch.linspace(-1, 1, 40), atol=1e-5)
 
 
 def test_gain_is_not_heard_once_the_voice_was():
