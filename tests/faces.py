@@ -176,7 +176,7 @@ def figures(path, args):
     found = {"clips": len(chosen)}
     for part in (measured.follows, measured.rests, measured.begins, measured.denoises):
         found |= part()
-    if state["data"]["fingerprint"] == clips.meta["fingerprint"]:  # what it was trained on: densities too
+    if state["data"]["fingerprint"] == clips.meta["fingerprint"] and not args.speaker:  # densities too
         m = measure(flow, clips, args.split, args.limit)
         found |= {"NLL": m["nll"], "NLL less that of VAR(3)": m["nll"] - m["var3"]}
         for name in ("l_mor", "l_mor_temperature0", "head_jitter", "mouth_jitter"):
