@@ -5,14 +5,13 @@
 
 Each argument of the first is one training on the synthetic talkers: what it changes in the demo's settings.
 The gap, in nats per coordinate per frame, is that of 96 validation windows of 80 frames, of the weights as
-they are and of their running mean over about 100 steps (decay 0.99). CPU seconds are those of the steps
-alone, one thread. The second measures this core's rates and the memory of trainings on folders of several
+they are and of their average, which is what a training keeps. CPU seconds are those of the steps alone, one
+thread. The second measures this core's rates and the memory of trainings on folders of several
 sizes, and multiplies.
 """
 
 import argparse
 import ast
-import copy
 import dataclasses
 import json
 import multiprocessing
@@ -31,7 +30,7 @@ from prepare_data import default_folder
 from study.metrics import anchors
 from talkingflow import Clips, Config, Trainer, fixed_batches, validate
 
-POINTS = 9  # validations a training, at equal distances
+POINTS = 6  # validations a training, at equal distances
 FPS, RATE, CLIP = 25, 16000, 75  # frames a second, samples a second, frames a clip of the stand-in folders
 HOURS = {0.5: "", 5: "", 17: "the paper's", 100: "", 400: "", 2400: "VoxCeleb2"}
 # A model, not a measurement of this code: a step of prototypes on an H100 (PyTorch 2.11) as one CUDA
@@ -46,17 +45,15 @@ EPOCHS = {"demo": 10, "paper": 100}
 class Measured(Trainer):
     """A training that validates at POINTS steps; only the steps are on its clock."""
 
-    def measure(self, batches, optimum, decay=0.99):
-        """-> rows of (step, CPU seconds, gap, gap of the running mean)."""
-        mean, spent, rows = copy.deepcopy(self.flow), 0.0, []
+    def measure(self, batches, optimum):
+        """-> rows of (step, CPU seconds, gap, gap of the average)."""
+        spent, rows = 0.0, []
         while self.step < self.steps:
             clock = time.process_time()
             self.train_step()
             spent += time.process_time() - clock
-            with torch.no_grad():
-                torch._foreach_lerp_([*mean.parameters()], [*self.flow.parameters()], 1 - decay)
             if self.step * POINTS % self.steps < POINTS:
-                gaps = [validate(flow, batches) - optimum for flow in (self.flow, mean)]
+                gaps = [validate(flow, batches) - optimum for flow in (self.flow, self.average)]
                 rows.append((self.step, spent, *gaps))
         return rows
 
@@ -72,7 +69,7 @@ def curves(changes):
             run = Measured(dataclasses.replace(demo, **fields), clips, folder, "cpu")
             rows = run.measure(batches, optimum)
         print(f"\n{change or 'the demo as it is'}")
-        for name, values in zip(("step", "CPU s", "gap", "of the mean"), zip(*rows)):
+        for name, values in zip(("step", "CPU s", "gap", "average's"), zip(*rows)):
             form = {"step": "{:7d}", "CPU s": "{:7.0f}"}.get(name, "{:7.4f}")
             print(f"{name:12}" + "".join(form.format(v) for v in values), flush=True)
 
