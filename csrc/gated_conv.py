@@ -220,9 +220,8 @@ def load_kernel():
     try:
         build_kernel()
         register_kernel("talkingflow")
-    except (
-        Exception
-    ) as error:  # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
+    # no compiler or ninja, a read-only cache, a failing build: PyTorch does the same work
+    except Exception as error:
         message = f"kernel: PyTorch, because csrc/ could not be built or loaded: {first_error(error)}"
         warnings.warn(message, stacklevel=2)
         return None

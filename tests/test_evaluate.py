@@ -160,9 +160,8 @@ def test_frechet_distance_has_its_closed_forms():
     assert abs(frechet(np.zeros(4), one, np.array([3.0, 0, 4, 0]), one) - 25) < 1e-9
     assert abs(frechet(np.zeros(4), one, np.zeros(4), 9 * one) - 4 * (3 - 1) ** 2) < 1e-9
     A, B = (v @ v.T for v in rng.normal(size=(2, 4, 4)))
-    root = np.sqrt(
-        np.linalg.eigvals(A @ B).astype(complex)
-    ).real.sum()  # tr (A B)^(1/2), A and B not commuting
+    # tr (A B)^(1/2), A and B not commuting
+    root = np.sqrt(np.linalg.eigvals(A @ B).astype(complex)).real.sum()
     assert abs(frechet(np.zeros(4), A, np.zeros(4), B) - (np.trace(A + B) - 2 * root)) < 1e-6
 
 

@@ -502,10 +502,8 @@ def test_the_choice_of_backend_compiles_without_graph_breaks(emulated, monkeypat
     exec(source.replace("x.is_cuda", "x.is_cpu"), scope)  # noqa: S102
     monkeypatch.setattr(gated_conv, "load_kernel", lambda: emulated)
     x, w, b, c = inputs(2, 5, 3, 9, 2, dtype=torch.float32)
-    for choice, fused in (
-        ("cuda", True),
-        ("auto", False),
-    ):  # the compiled definition is as fast: auto takes it
+    # the compiled definition is as fast: auto takes it
+    for choice, fused in (("cuda", True), ("auto", False)):
         monkeypatch.setenv("TALKINGFLOW_KERNEL", choice)
         torch._dynamo.reset()
         call = torch.compile(
@@ -573,9 +571,8 @@ def test_autocast_takes_its_dtype_and_gradients_stay_float32(backend):
         assert all(g.dtype == torch.float32 for g in grads)
         assert_close(y, reference(x, w, b, c, 2), TOLERANCE[dtype])
         with torch.autocast(backend.device, dtype):
-            assert (
-                backend.kernel(*(v.double() for v in (x, w, b, c)), 2).dtype == torch.float64
-            )  # as conv1d does
+            # as conv1d does
+            assert backend.kernel(*(v.double() for v in (x, w, b, c)), 2).dtype == torch.float64
 
 
 def test_nothing_is_saved_without_a_gradient(backend):
@@ -957,9 +954,8 @@ def test_more_than_2_to_the_31_elements(on_cpus, tmp_path):
 def test_launches_use_the_stream_and_are_checked():
     text = (CSRC / "gated_conv.cu").read_text() + (CSRC / "hopper.cu").read_text()
     source = "\n".join(line.split("//")[0] for line in text.splitlines())
-    assert (
-        source.count("<<<") == 1
-    )  # the LAUNCH macro, which passes the stream and returns cudaGetLastError's message
+    # the LAUNCH macro, which passes the stream and returns cudaGetLastError's message
+    assert source.count("<<<") == 1
     assert "(cudaStream_t)(stream)>>>" in source and "cudaGetLastError()" in source
     assert not re.search(r"cudaMalloc|cudaFree|Synchronize\(|cudaMemcpy|printf|asm volatile\(\"bar", source)
 
@@ -1132,9 +1128,8 @@ def test_compute_sanitizer_is_clean(tool, sanitized):
     kernels, faulty = sanitized[tool]
     clean = r"SUMMARY: 0 (errors|hazards)"
     assert kernels.returncode == 0 and re.search(clean, kernels.stdout), kernels.stdout[-3000:]
-    assert faulty.returncode != 0 and not re.search(clean, faulty.stdout), faulty.stdout[
-        -3000:
-    ]  # it was awake
+    # it was awake
+    assert faulty.returncode != 0 and not re.search(clean, faulty.stdout), faulty.stdout[-3000:]
 
 
 def test_the_reference_is_the_sum_and_the_padded_convolution():
