@@ -19,11 +19,8 @@ def check_config(config):
     whole = config.dilations and all(isinstance(d, int) and d >= 1 for d in config.dilations)
     for names, holds, expected in (
         (SIZES, lambda v: v >= 1, "at least 1"),
-        (
-            "lead steps epochs warmup weight_decay mean_loss noise tilt",
-            lambda v: 0 <= v < math.inf,
-            "0 or more",
-        ),
+        ("lead steps epochs warmup weight_decay mean_loss", lambda v: 0 <= v < math.inf, "0 or more"),
+        ("noise tilt", lambda v: 0 <= v < math.inf, "0 or more"),
         ("lr mean_lr grad_clip scale_bound", lambda v: 0 < v < math.inf, "above 0"),
         ("dropout", lambda v: 0 <= v < 1, "0 or more and below 1"),
         ("lr_final", lambda v: 0 <= v <= 1, "between 0 and 1"),

@@ -158,6 +158,10 @@ def measure(hidden, count):
     a, b, ratio = pairs(training_step(plain, x, c, True), training_step(ours, x, c), count)
     share = step_gigaflop(ours, T) / b * 1e3 / gemm_peak()
     yield f"training step          {a:8.1f} {b:8.1f} ms  {ratio:5.2f}   ({share:.0%} of the GEMM peak)"
+    dropping = [build(fields | {"dropout": 0.15}, T)[0] for _ in range(2)]
+    steps = training_step(as_textbook(dropping[0]), x, c, True), training_step(dropping[1], x, c)
+    a, b, ratio = pairs(*steps, count)
+    yield f"  dropout 0.15         {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
     half = build(fields | {"precision": "bfloat16"}, T)[0]
     for net in half.modules():
         if isinstance(net, ConditionTCN):
@@ -174,12 +178,11 @@ def measure(hidden, count):
         a, b, ratio = pairs(lambda: plain.nll(x, c), lambda: ours.nll(x, c), count)
         yield f"NLL of a batch         {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
         sound = torch.randn(1, 250, ours.config.cond_dim)
-        zs = [z[:1] for z in torch.randn(1, 250, ours.config.dim).split(ours.sizes, 2)]
-        a, b, ratio = pairs(lambda: plain.inverse(zs, sound), lambda: ours.sample(sound), count)
+        a, b, ratio = pairs(lambda: plain.sample(sound), lambda: ours.sample(sound), 3 * count)
         yield f"250 frames, one face   {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
         stream, reach = ours.stream(), 120
         stream.push(sound[:, :100])
-        tail = [z[:, :reach] for z in zs]
+        tail = torch.randn(1, reach, ours.config.dim).split(ours.sizes, 2)
         frame = lambda: stream.push(sound[:, 100:101])
         a, b, ratio = pairs(lambda: plain.inverse(tail, sound[:, :reach]), frame, 4 * count)
         again = f"(the textbook's: its last {reach} frames again)"
