@@ -233,8 +233,8 @@ def hopper_shapes():
     yield 1, 8, 8, 700, 3, 200, True, True  # nine tiles of one item, taps in other tiles
 
 
-FAST = [(1, torch.float32), (2, torch.float32), (3, torch.float32), (3, torch.float64)]
-FAST += [(4, torch.bfloat16), (5, torch.bfloat16)]
+HOPPER = (5, torch.bfloat16)  # emulated, the slowest
+FAST = [(1, torch.float32), (2, torch.float32), (3, torch.float32), (3, torch.float64), (4, torch.bfloat16)]
 
 
 def over(runs, slow=()):
@@ -303,6 +303,7 @@ def test_hopper_takes_slices_and_leaves_the_rest_to_the_tensor_cores(backend):
         assert_close(op(*case, 3, True, 0)[0], y, TOLERANCE[torch.bfloat16], name)
 
 
+@pytest.mark.slow  # compiles
 @needs_gxx
 def test_the_rung_for_hopper_is_taken_where_it_fills_the_gpu(on_cpus, tmp_path):
     """gated_conv_version for bfloat16, with the real threshold of 96 blocks; the emulator is a Hopper."""
@@ -435,7 +436,7 @@ def test_no_output_sees_the_future_bit_for_bit(backend, number, dtype):
         assert torch.equal(kernel(other, w, b, c, 4)[:, :t], y[:, :t]), t
 
 
-@over(FAST)  # storage has no part in the order
+@over([*FAST, HOPPER], slow=[HOPPER])  # storage has no part in the order
 def test_repeated_runs_and_thread_orders_give_the_same_bits(backend, monkeypatch, number, dtype):
     orders = ["ascending", "descending", "shuffle:1"] if backend.device == "cpu" else ["gpu"] * 20
     C, H = (9, 34) if number < 5 else (16, 136)
@@ -1220,6 +1221,7 @@ def tf32_as_before():  # monkeypatch cannot put back what these modules compute 
         backend.allow_tf32 = allowed
 
 
+@pytest.mark.slow  # every rung, emulated
 @pytest.mark.usefixtures("tf32_as_before")
 def test_the_benchmark_of_a_gpu_runs_to_its_last_line(pretended_gpu, emulated, monkeypatch, capsys):
     """Every row on small shapes, on the CPU: what is left to fail on a GPU is the GPU."""

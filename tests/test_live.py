@@ -281,6 +281,7 @@ def test_frozen_noise_leaves_what_the_voice_decides(browser, pages):
     assert spread[0] and spread[1] < 1e-5  # of the face's width
 
 
+@pytest.mark.slow  # half a minute
 def test_five_minutes_do_not_grow(browser, pages):
     open_page(browser, pages)
     browser.run("""var feed = new Talker(page, weights, 16000, 1);
