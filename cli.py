@@ -115,7 +115,8 @@ def configure(args, clips):
     """The preset, then what the data asks for, then the flags."""
     from talkingflow import Config
 
-    asked = clips.meta["defaults"]  # lead, noise, tilt; the synthetic talkers also ask for dropout and steps
+    # lead, noise, tilt; the synthetic talkers also ask for dropout and steps
+    asked = clips.meta["defaults"]
     wanted = {name: asked[name] for name in asked if args.preset == "demo" or name in ("lead", "noise")}
     wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim} | (
         {"steps": 0} if "epochs" in args.config else {}

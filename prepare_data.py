@@ -101,7 +101,7 @@ def synthetic(out, clips=3000, seed=0, n_mels=40, fmin=0.0, fmax=8000.0, level=0
             progress(len(made))
         optimum[split] = float(np.mean(optima))
     meta = meta_of(FPS, mel, normalisation="none", skipped={}, optimum=optimum)
-    meta["defaults"] = {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 600}
+    meta["defaults"] = {"lead": 0, "noise": 0.0, "dropout": 0.0, "steps": 900}
     meta["sources"] = [
         {"source": "synthetic talkers", "licence": "none needed: computed", "extractor": "exact"}
     ]
