@@ -6,7 +6,7 @@ with plain loops under AddressSanitizer and UndefinedBehaviorSanitizer's alignme
 races only; `big` runs the last block of tensors beyond 2^31 elements; `model` has no sanitizer, only the
 loops and what cuda_on_cpu*.h refuse (a phase that never ends, an operand that changes while it is read).
 The table of what was found is printed:
-python -m pytest -s tests/test_kernel_mutants.py
+python -m pytest --slow -s tests/test_kernel_mutants.py
 """
 
 import concurrent.futures
