@@ -1184,6 +1184,9 @@ def pretended_gpu(monkeypatch):
     for name in ("graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Recorder)
+    # what Adam would ask the driver
+    for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
+        monkeypatch.setattr(torch.optim.Optimizer, name, lambda _: None, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     properties = types.SimpleNamespace(L2_cache_size=5000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
