@@ -69,11 +69,21 @@ template <class T, int N> struct alignas(N * sizeof(T)) Pack {  // read or writt
 };
 template <class T> constexpr int WIDE = 16 / sizeof(T);  // the widest access a GPU has: 16 bytes
 
-__device__ inline float tanh_(float a) { return tanhf(a); }
-__device__ inline double tanh_(double a) { return tanh(a); }
-// exp may overflow to inf: 1 / inf = 0 is right.
-__device__ inline float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
-__device__ inline double sigmoid(double a) { return 1.0 / (1.0 + exp(-a)); }
+// exp may overflow to inf: 1 / inf = 0 is right. What is stored in 16 bits is rounded at 2^-9 or 2^-12, so there the GPU's
+// own exp2 and reciprocal do, right to 2^-22: few instructions and, above all, no branch, so that the next gate does not
+// wait for this one. (With tanhf and expf, which branch, the gates took as long as the products.)
+template <class T> __device__ inline Sum<T> sigmoid(Sum<T> a) {
+    if constexpr (IS_16_BIT<T>) return reciprocal(1.0f + exp2_fast(-1.44269504f * a));
+    else return 1 / (1 + exp(-a));
+}
+template <class T> __device__ inline Sum<T> tanh_(Sum<T> a) {
+    if constexpr (IS_16_BIT<T>) {
+        const float by_exp = 1.0f - 2.0f * reciprocal(1.0f + exp2_fast(2.88539008f * a));
+        return a * a < 1.0f / 256 ? a * (1.0f - a * a * (1.0f / 3)) : by_exp;  // near 0 by_exp loses the digits
+    } else {
+        return tanh(a);
+    }
+}
 
 __host__ __device__ constexpr long long ceil_div(long long a, long long b) { return (a + b - 1) / b; }
 __host__ __device__ inline int shift_of(const Layer& n, int k) { return (n.K - 1 - k) * n.dilation; }  // of tap k
@@ -104,7 +114,7 @@ __global__ void forward_v1(Layer n, const T* x, const T* w, const T* bias, const
             sum[1] += load(w[((long long)(n.H + c) * n.K + k) * n.C + ci]) * load(from[ci]);
         }
     }
-    store(&y[i], tanh_(sum[0]) * sigmoid(sum[1]));
+    store(&y[i], tanh_<T>(sum[0]) * sigmoid<T>(sum[1]));
     if (a) {
         store(&a[row * 2 * n.H + c], sum[0]);
         store(&a[row * 2 * n.H + n.H + c], sum[1]);
@@ -147,7 +157,7 @@ template <class T, int V>
 __device__ inline void gate_gradient(Pack<T, V>& value, Pack<T, V>& gate, const Pack<T, V>& dy) {  // a becomes da
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        const Sum<T> p = tanh_(load(value.v[i])), s = sigmoid(load(gate.v[i])), d = load(dy.v[i]);
+        const Sum<T> p = tanh_<T>(load(value.v[i])), s = sigmoid<T>(load(gate.v[i])), d = load(dy.v[i]);
         store(&value.v[i], d * s * (1 - p * p));
         store(&gate.v[i], d * p * s * (1 - s));
     }
@@ -156,29 +166,43 @@ __device__ inline void gate_gradient(Pack<T, V>& value, Pack<T, V>& gate, const 
 // A block of 256 threads: `lanes` (blockDim.x) groups of V neighbouring channels x 256 / lanes frames at a time, over a
 // run of GATE_RUN such steps. It writes da, which is dcond too, and its part of dbias: sums of da over its frames,
 // first in a thread, then over the block's threads in their order. Grid: x = runs of frames, y = groups of channels.
-// Global per (b, t, c): 3 values read, 2 written, for about 30 operations: bound by memory.
-constexpr int GATE_THREADS = 256, GATE_RUN = 8;
+// Global per (b, t, c): 3 values read, 2 written, for about 40 instructions: bound by memory, so the loads of GATE_BATCH
+// steps are under way before the first is used.
+constexpr int GATE_THREADS = 256, GATE_RUN = 4, GATE_BATCH = 2;
 template <class T, int V>
-__global__ void __launch_bounds__(GATE_THREADS) gate_backward(Layer n, const T* dy, const T* a, T* da, Sum<T>* parts) {
+__global__ void __launch_bounds__(GATE_THREADS, 3)
+    gate_backward(Layer n, const T* dy, const T* a, T* da, Sum<T>* parts) {
     using A = Sum<T>;
+    using P = Pack<T, V>;
     SHARED(A, sums);  // (blockDim.y, 2, blockDim.x * V)
     const int width = blockDim.x * V, c = (blockIdx.y * blockDim.x + threadIdx.x) * V;
-    const long long rows = (long long)n.B * n.T, first = (long long)blockIdx.x * blockDim.y * GATE_RUN + threadIdx.y;
+    const long long first = (long long)blockIdx.x * blockDim.y * GATE_RUN + threadIdx.y,
+                    end = c < n.H ? (long long)n.B * n.T : 0;
     A sum[2][V] = {};
-    for (int step = 0; step < GATE_RUN; ++step) {
-        const long long row = first + step * blockDim.y;
-        if (row >= rows || c >= n.H) break;
-        using P = Pack<T, V>;
-        P value = *reinterpret_cast<const P*>(a + row * 2 * n.H + c),
-          gate = *reinterpret_cast<const P*>(a + row * 2 * n.H + n.H + c);
-        gate_gradient(value, gate, *reinterpret_cast<const P*>(dy + row * n.H + c));
+#pragma unroll 1
+    for (int batch = 0; batch < GATE_RUN; batch += GATE_BATCH) {
+        P value[GATE_BATCH] = {}, gate[GATE_BATCH] = {}, d[GATE_BATCH] = {};  // beyond the end: zeros add nothing
 #pragma unroll
-        for (int i = 0; i < V; ++i) {
-            sum[0][i] += load(value.v[i]);
-            sum[1][i] += load(gate.v[i]);
+        for (int i = 0; i < GATE_BATCH; ++i) {
+            const long long row = first + (batch + i) * blockDim.y;
+            if (row >= end) continue;
+            value[i] = *reinterpret_cast<const P*>(a + row * 2 * n.H + c);
+            gate[i] = *reinterpret_cast<const P*>(a + row * 2 * n.H + n.H + c);
+            d[i] = *reinterpret_cast<const P*>(dy + row * n.H + c);
         }
-        *reinterpret_cast<P*>(da + row * 2 * n.H + c) = value;
-        *reinterpret_cast<P*>(da + row * 2 * n.H + n.H + c) = gate;
+#pragma unroll
+        for (int i = 0; i < GATE_BATCH; ++i) {
+            const long long row = first + (batch + i) * blockDim.y;
+            gate_gradient(value[i], gate[i], d[i]);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                sum[0][v] += load(value[i].v[v]);
+                sum[1][v] += load(gate[i].v[v]);
+            }
+            if (row >= end) continue;
+            *reinterpret_cast<P*>(da + row * 2 * n.H + c) = value[i];
+            *reinterpret_cast<P*>(da + row * 2 * n.H + n.H + c) = gate[i];
+        }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -195,27 +219,41 @@ __global__ void __launch_bounds__(GATE_THREADS) gate_backward(Layer n, const T* 
     }
 }
 
-// out[i] = parts[0, i] + parts[1, i] + ...: always in one order, of dw and dbias in one launch. A block of 32 x 8
-// threads owns 32 outputs; row y adds every eighth part from y on, then one thread adds the eight. Grid: x = blocks of
-// 32 over dw, then over dbias.
+// out[i] = parts[0, i] + parts[1, i] + ...: always in one order, of dw and dbias in one launch. A block of 256 threads owns
+// OWN outputs for each of its LANES, so that many loads are under way; of its 256 / LANES rows each adds every so
+// manieth part, then one thread adds the rows. Grid: x = blocks of dbias, whose many parts want many rows, then of dw.
+constexpr int OWN = 8, FEW_LANES = 8, LANES = 32;
 template <class T> struct Parts {
     const Sum<T>* parts;  // (count, size)
     int count;
     long long size;
     T* out;
 };
-template <class T> __global__ void __launch_bounds__(256) sum_parts(Parts<T> dw, Parts<T> dbias) {
-    SHARED(Sum<T>, sums);  // (8, 32)
-    const long long blocks = ceil_div(dw.size, 32);
-    const Parts<T> of = blockIdx.x < blocks ? dw : dbias;
-    const long long i = (blockIdx.x < blocks ? blockIdx.x : blockIdx.x - blocks) * 32 + threadIdx.x;
-    Sum<T> sum = 0;
-    for (int part = threadIdx.y; i < of.size && part < of.count; part += 8) sum += of.parts[part * of.size + i];
-    sums[threadIdx.y * 32 + threadIdx.x] = sum;
+template <class T, int LANES> __device__ inline void sum_block(const Parts<T>& of, int block) {
+    constexpr int ROWS = 256 / LANES, SIZE = OWN * LANES;
+    SHARED(Sum<T>, sums);  // (ROWS, SIZE)
+    const int tid = threadIdx.x, lane = tid % LANES, own = tid / LANES;
+    const long long first = (long long)block * SIZE;
+    Sum<T> sum[OWN] = {};
+    for (int part = own; part < of.count; part += ROWS) {
+        const Sum<T>* const from = of.parts + part * of.size + first;
+#pragma unroll
+        for (int j = 0; j < OWN; ++j) {
+            if (first + j * LANES + lane < of.size) sum[j] += from[j * LANES + lane];
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) sums[own * SIZE + j * LANES + lane] = sum[j];
     __syncthreads();
-    if (threadIdx.y > 0 || i >= of.size) return;
-    for (int y = 1; y < 8; ++y) sum += sums[y * 32 + threadIdx.x];
-    store(&of.out[i], sum);
+    if (tid >= SIZE || first + tid >= of.size) return;
+    Sum<T> total = sums[tid];
+#pragma unroll
+    for (int row = 1; row < ROWS; ++row) total += sums[row * SIZE + tid];
+    store(&of.out[first + tid], total);
+}
+template <class T> __global__ void __launch_bounds__(256) sum_parts(Parts<T> dbias, Parts<T> dw, int of_dbias) {
+    if ((int)blockIdx.x < of_dbias) sum_block<T, FEW_LANES>(dbias, blockIdx.x);
+    else sum_block<T, LANES>(dw, blockIdx.x - of_dbias);
 }
 
 // ==== Version 2: a tile in shared memory =============================================================================
@@ -284,7 +322,7 @@ template <class T> __global__ void __launch_bounds__(SIDE* SIDE)
         if (cond) sum[half] += load(cond[row * n.cond_row + half * n.H + c]);
         if (a) store(&a[row * 2 * n.H + half * n.H + c], sum[half]);
     }
-    store(&y[row * n.H + c], tanh_(sum[0]) * sigmoid(sum[1]));
+    store(&y[row * n.H + c], tanh_<T>(sum[0]) * sigmoid<T>(sum[1]));
 }
 
 // One thread: one dx. As forward_v2, with da for x, the halo after the tile, and w read across: its rows are summed.
@@ -420,7 +458,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
             A value = sum[0][r][j], gate = sum[1][r][j];
             if (bias) value += load(bias[c]), gate += load(bias[n.H + c]);
             if (cond) value += load(cond[row * n.cond_row + c]), gate += load(cond[row * n.cond_row + n.H + c]);
-            store(&y[row * n.H + c], tanh_(value) * sigmoid(gate));
+            store(&y[row * n.H + c], tanh_<T>(value) * sigmoid<T>(gate));
             if (a) store(&a[row * 2 * n.H + c], value), store(&a[row * 2 * n.H + n.H + c], gate);
         }
     }
@@ -477,6 +515,16 @@ inline int dw_splits(const Layer& n, long long tiles, int depth) {
     return (int)(chunks < 1 ? 1 : chunks < wanted ? chunks : wanted);
 }
 
+// This block's run, blockIdx.y of `splits`. In 32 bits (check() sees to it): a GPU divides 64 in a hundred instructions.
+struct Run {
+    int first, end;
+    __device__ Run(int chunks, int splits) {
+        const int y = blockIdx.y, each = chunks / splits, longer = chunks % splits;
+        first = y * each + (y < longer ? y : longer);
+        end = first + each + (y < longer);
+    }
+};
+
 // One thread: rows 4 tr .. and 32 further x 4 channels of one tap's dw, summed over its split into parts (splits, 2H,
 // K, C). Grid: x = (row tile * channel tiles + channel tile) * K + k, y = splits.
 // Shared per frame: a thread reads 8 da + 4 x for 32 multiply-adds. Global per block and frame: 64 of da and 64 of x
@@ -491,11 +539,11 @@ template <class T> __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
     const int k = blockIdx.x % n.K, c0 = (int)(blockIdx.x / n.K % tiles) * ROWS,
               o0 = (int)(blockIdx.x / n.K / tiles) * ROWS, shift = shift_of(n, k);
     const int per_item = (int)ceil_div(n.T, DW_DEPTH);
-    const long long chunks = (long long)n.B * per_item;
+    const Run run(n.B * per_item, splits);
     A sum[2][4][4] = {};  // (half of the rows, row, channel)
-    for (long long q = chunks * blockIdx.y / splits; q < chunks * (blockIdx.y + 1) / splits; ++q) {
-        const long long b = q / per_item;
-        const int t0 = (int)(q % per_item) * DW_DEPTH;
+    for (int chunk = run.first; chunk < run.end; ++chunk) {
+        const long long b = chunk / per_item;
+        const int t0 = chunk % per_item * DW_DEPTH;
         for (int p = tid; p < ROWS * DW_DEPTH; p += THREADS) {
             const int r = p % ROWS, j = p / ROWS, t = t0 + j;
             const bool inside = t < n.T && t >= shift;
@@ -549,7 +597,8 @@ constexpr int DEPTH4 = 32, SLOTS = 2, PAIRS4 = 64, CHANNELS4 = 64;
 __device__ inline int swizzle32(int row, int piece) { return row * 32 + (piece ^ (row >> 1 & 3)) * 8; }
 __device__ inline int swizzle64(int row, int piece) { return row * 64 + (piece ^ (row & 7)) * 8; }
 
-// One piece to shared memory: `valid` (at most 8) elements, zeros behind them. unit: the bytes all rows are aligned to.
+// One piece to shared memory: `valid` (of 8) elements, zeros behind them; nothing is read where that is 0 or less. unit:
+// the bytes all rows are aligned to. A thread copies the same piece of every so many rows: little is left to compute.
 template <class T> __device__ inline void copy_piece(T* to, const T* from, int valid, int unit) {
     valid = valid < 0 ? 0 : valid > 8 ? 8 : valid;
     if (unit == 16) return copy_async<16>(to, from, valid * 2);
@@ -562,15 +611,31 @@ template <class T> __device__ inline void copy_piece(T* to, const T* from, int v
     }
 }
 
+// The first `count` (0 and less: none) of 8 neighbours; WIDE: all or none, on 16 bytes.
+template <bool WIDE, class T> __device__ inline void read8(Pack<T, 8>& to, const T* from, int count) {
+    if (WIDE && count > 0) to = *reinterpret_cast<const Pack<T, 8>*>(from);
+#pragma unroll
+    for (int i = 0; !WIDE && i < 8; ++i) {
+        if (i < count) to.v[i] = from[i];
+    }
+}
+template <bool WIDE, class T> __device__ inline void write8(T* to, const Pack<T, 8>& from, int count) {
+    if (WIDE && count > 0) *reinterpret_cast<Pack<T, 8>*>(to) = from;
+#pragma unroll
+    for (int i = 0; !WIDE && i < 8; ++i) {
+        if (i < count) to[i] = from.v[i];
+    }
+}
+
 // The frames of a block's slot: from t0 on, of the item whose first frame is row `item`.
 struct Slot {
     long long item;
     int t0;
     __device__ Slot(const Layer& n, int times, int slot) {
         const int tiles = (int)ceil_div(n.T, times);
-        const long long i = (long long)blockIdx.x * SLOTS + slot, b = i / tiles;
-        item = b * n.T;
-        t0 = b < n.B ? (int)(i % tiles) * times : 1 << 30;  // no tile is left: after every last frame
+        const unsigned i = blockIdx.x * SLOTS + slot, b = i / tiles;  // below 2^32: see check()
+        item = (long long)b * n.T;
+        t0 = b < (unsigned)n.B ? (int)(i % tiles) * times : 1 << 30;  // no tile is left: after every last frame
     }
 };
 
@@ -581,9 +646,9 @@ struct Slot {
 // Global reads per y at M = 5: C (80 + (K - 1) d) / 5120 of x, K C / 80 of w: 4.4 + 9.6 at C = H = 256, K = 3, d = 4.
 __device__ inline int channel_of(int row) { return row % 8 / 2 * 8 + row / 8 * 2 + row % 2; }  // rows 0 .. 31
 
-template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
-    forward_v4(Layer n, int unit_x, int unit_w, bool wide, const T* x, const T* w, const T* bias, const T* cond, T* y,
-               T* a) {
+// WIDE: H is a multiple of 8 and cond lies on 16 bytes.
+template <class T, int M, bool WIDE> __global__ void __launch_bounds__(THREADS, 2)
+    forward_v4(Layer n, int unit_x, int unit_w, const T* x, const T* w, const T* bias, const T* cond, T* y, T* a) {
     const int halo = (n.K - 1) * n.dilation, rows = 16 * M + halo;
     const int x_size = SLOTS * rows * DEPTH4, stage_size = x_size + n.K * 2 * PAIRS4 * DEPTH4;
     SHARED(T, stages);  // two stages of: x (SLOTS, rows, 32), weights (K, 128, 32), both swizzled
@@ -594,25 +659,43 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
     const auto load_stage = [&](int chunk) {
         T* const xs = stages + chunk % 2 * stage_size;
         T* const ws = xs + x_size;
-        for (int p = tid; p < SLOTS * rows * 4; p += THREADS) {
-            const int piece = p % 4, r = p / 4, d0 = chunk * DEPTH4 + piece * 8;
+        const int piece = tid % 4, own = tid / 4, d0 = chunk * DEPTH4 + piece * 8;
+        for (int r = own; r < SLOTS * rows; r += THREADS / 4) {
             const int t = (r < rows ? first.t0 : second.t0 - rows) - halo + r;
             const long long row = (r < rows ? first.item : second.item) + t;
-            const bool inside = t >= 0 && t < n.T && d0 < n.C;
-            copy_piece(xs + swizzle32(r, piece), inside ? x + row * n.x_row + d0 : x, inside ? n.C - d0 : 0, unit_x);
+            copy_piece(xs + swizzle32(r, piece), x + row * n.x_row + d0, t >= 0 && t < n.T ? n.C - d0 : 0, unit_x);
         }
-        for (int p = tid; p < n.K * 2 * PAIRS4 * 4; p += THREADS) {  // rows of a group: 32 values, their 32 gates
-            const int piece = p % 4, r = p / 4 % (2 * PAIRS4), k = p / 4 / (2 * PAIRS4);
-            const int d0 = chunk * DEPTH4 + piece * 8, c = c0 + r / 64 * 32 + channel_of(r % 32);
-            const bool inside = c < n.H && d0 < n.C;
-            const long long o = c + r / 32 % 2 * n.H;
-            copy_piece(ws + swizzle32(p / 4, piece), inside ? w + (o * n.K + k) * n.C + d0 : w, inside ? n.C - d0 : 0,
-                       unit_w);
+        for (int k = 0; k < n.K; ++k) {  // rows of a group: 32 values, their 32 gates
+#pragma unroll
+            for (int i = 0; i < 2 * PAIRS4 / 32; ++i) {
+                const int c = c0 + i / 2 * 32 + channel_of(own), o = c + i % 2 * n.H;
+                copy_piece(ws + swizzle32(k * 2 * PAIRS4 + i * 32 + own, piece), w + (long long)(o * n.K + k) * n.C + d0,
+                           c < n.H ? n.C - d0 : 0, unit_w);
+            }
         }
     };
 
-    float sum[M][8][4] = {};  // (16 frames, 8 rows of weights: 4 of values, 4 of gates, element of D)
+    const int c = c0 + group * 32 + lane % 4 * 8, count = n.H - c;  // this lane's 8 channels
+    const auto frame = [&](int m, int e) { return to.t0 + 16 * m + lane / 4 + e * 4; };
     load_stage(0);
+    // The sums start at bias + cond, which arrive with the first stage: no load is left for the end.
+    float sum[M][8][4];  // (16 frames, 8 rows of weights: 4 of values, 4 of gates, element of D)
+    Pack<T, 8> own[2] = {};
+    if (bias) read8<false>(own[0], bias + c, count), read8<false>(own[1], bias + n.H + c, count);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            const T* const from = cond + (to.item + frame(m, e)) * n.cond_row + c;
+            Pack<T, 8> value = {}, gate = {};
+            if (cond && frame(m, e) < n.T) read8<WIDE>(value, from, count), read8<WIDE>(gate, from + n.H, count);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                sum[m][i / 2][e + i % 2] = load(own[0].v[i]) + load(value.v[i]);
+                sum[m][4 + i / 2][e + i % 2] = load(own[1].v[i]) + load(gate.v[i]);
+            }
+        }
+    }
     for (int chunk = 0; chunk < chunks; ++chunk) {
         wait_for_copies();  // this thread's part of the stage has arrived;
         __syncthreads();    // now everyone's has, and everyone is done with the stage before
@@ -639,38 +722,22 @@ template <class T, int M> __global__ void __launch_bounds__(THREADS, 2)
         }
     }
 
-    const int c = c0 + group * 32 + lane % 4 * 8;  // this lane's 8 channels
-    if (c >= n.H) return;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
-            const int t = to.t0 + 16 * m + lane / 4 + e * 4;
-            if (t >= n.T) continue;
-            const long long row = to.item + t;
-            using P = Pack<T, 8>;
-            P value, gate, out;
-            if (cond && wide) {
-                value = *reinterpret_cast<const P*>(cond + row * n.cond_row + c);
-                gate = *reinterpret_cast<const P*>(cond + row * n.cond_row + n.H + c);
-            }
+            if (frame(m, e) >= n.T) continue;
+            const long long row = to.item + frame(m, e);
+            Pack<T, 8> value, gate, out;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const bool inside = wide || c + i < n.H;
-                float p = sum[m][i / 2][e + i % 2], g = sum[m][4 + i / 2][e + i % 2];
-                if (bias && inside) p += load(bias[c + i]), g += load(bias[n.H + c + i]);
-                if (cond && wide) p += load(value.v[i]), g += load(gate.v[i]);
-                else if (cond && inside)
-                    p += load(cond[row * n.cond_row + c + i]), g += load(cond[row * n.cond_row + n.H + c + i]);
-                store(&value.v[i], p), store(&gate.v[i], g), store(&out.v[i], tanh_(p) * sigmoid(g));
-                if (wide || !inside) continue;
-                y[row * n.H + c + i] = out.v[i];
-                if (a) a[row * 2 * n.H + c + i] = value.v[i], a[row * 2 * n.H + n.H + c + i] = gate.v[i];
+                const float p = sum[m][i / 2][e + i % 2], g = sum[m][4 + i / 2][e + i % 2];
+                store(&value.v[i], p), store(&gate.v[i], g), store(&out.v[i], tanh_<T>(p) * sigmoid<T>(g));
             }
-            if (!wide) continue;
-            *reinterpret_cast<P*>(y + row * n.H + c) = out;
-            if (a) *reinterpret_cast<P*>(a + row * 2 * n.H + c) = value;
-            if (a) *reinterpret_cast<P*>(a + row * 2 * n.H + n.H + c) = gate;
+            write8<WIDE>(y + row * n.H + c, out, count);
+            if (!a) continue;
+            write8<WIDE>(a + row * 2 * n.H + c, value, count);
+            write8<WIDE>(a + row * 2 * n.H + n.H + c, gate, count);
         }
     }
 }
@@ -724,19 +791,19 @@ template <class T, int M, bool MERGED> __global__ void __launch_bounds__(THREADS
     const auto load_stage = [&](int chunk) {
         T* const gs = g_stages + chunk % 2 * g_size;
         T* const ws = w_stages + chunk % 2 * w_size;
-        for (int p = tid; !MERGED && p < SLOTS * rows * 4; p += THREADS) {
-            const int piece = p % 4, r = p / 4, o = chunk * DEPTH4 + piece * 8;
+        for (int r = tid / 4; !MERGED && r < SLOTS * rows; r += THREADS / 4) {
+            const int piece = tid % 4, o = chunk * DEPTH4 + piece * 8;
             const int t = (r < rows ? first.t0 : second.t0 - rows) + r;
             const long long row = (r < rows ? first.item : second.item) + t;
-            const bool inside = t < n.T && o < 2 * n.H;
-            copy_piece(gs + swizzle32(r, piece), inside ? da + row * 2 * n.H + o : da, inside ? 2 * n.H - o : 0,
-                       unit_g);
+            copy_piece(gs + swizzle32(r, piece), da + row * 2 * n.H + o, t < n.T ? 2 * n.H - o : 0, unit_g);
         }
-        for (int p = tid; p < n.K * DEPTH4 * 8; p += THREADS) {
-            const int piece = p % 8, o = chunk * DEPTH4 + p / 8 % DEPTH4, k = p / 8 / DEPTH4, c = c0 + piece * 8;
-            const bool inside = o < 2 * n.H && c < n.C;
-            copy_piece(ws + swizzle64(p / 8, piece), inside ? w + ((long long)o * n.K + k) * n.C + c : w,
-                       inside ? n.C - c : 0, unit_w);
+        for (int k = 0; k < n.K; ++k) {
+#pragma unroll
+            for (int i = 0; i < DEPTH4; i += THREADS / 8) {
+                const int piece = tid % 8, row = i + tid / 8, o = chunk * DEPTH4 + row, c = c0 + piece * 8;
+                copy_piece(ws + swizzle64(k * DEPTH4 + row, piece), w + (long long)(o * n.K + k) * n.C + c,
+                           o < 2 * n.H ? n.C - c : 0, unit_w);
+            }
         }
     };
 
@@ -813,37 +880,31 @@ template <class T, int TAPS> __global__ void __launch_bounds__(THREADS, 2)
     const int tiles = (int)ceil_div(n.C, 64), groups = n.K / TAPS, k0 = blockIdx.x % groups * TAPS,
               c0 = (int)(blockIdx.x / groups % tiles) * 64, o0 = (int)(blockIdx.x / groups / tiles) * 64;
     const int per_item = (int)ceil_div(n.T, DW_TIMES);
-    const long long chunks = (long long)n.B * per_item, first = chunks * blockIdx.y / splits,
-                    end = chunks * (blockIdx.y + 1) / splits;
+    const Run run(n.B * per_item, splits);
 
-    const auto load_stage = [&](long long chunk) {
+    const auto load_stage = [&](int chunk) {
         T* const gs = stages + chunk % 2 * stage_size;
         T* const xs = gs + DW_TIMES * 64;
-        const long long b = chunk / per_item;
-        const int t0 = (int)(chunk % per_item) * DW_TIMES;
-        for (int p = tid; p < DW_TIMES * 8; p += THREADS) {
-            const int piece = p % 8, o = o0 + piece * 8, t = t0 + p / 8;
-            const bool inside = t < n.T && o < 2 * n.H;
-            copy_piece(gs + swizzle64(p / 8, piece), inside ? da + (b * n.T + t) * 2 * n.H + o : da,
-                       inside ? 2 * n.H - o : 0, unit_g);
-        }
-        for (int p = tid; p < rows * 8; p += THREADS) {
-            const int piece = p % 8, c = c0 + piece * 8, t = t0 + p / 8 - shift_of(n, k0);
-            const bool inside = t >= 0 && t < n.T && c < n.C;
-            copy_piece(xs + swizzle64(p / 8, piece), inside ? x + (b * n.T + t) * n.x_row + c : x,
-                       inside ? n.C - c : 0, unit_x);
+        const long long item = (long long)(chunk / per_item) * n.T;
+        const int t0 = chunk % per_item * DW_TIMES, piece = tid % 8, o = o0 + piece * 8, c = c0 + piece * 8;
+        for (int r = tid / 8; r < DW_TIMES; r += THREADS / 8)
+            copy_piece(gs + swizzle64(r, piece), da + (item + t0 + r) * 2 * n.H + o, t0 + r < n.T ? 2 * n.H - o : 0,
+                       unit_g);
+        for (int r = tid / 8; r < rows; r += THREADS / 8) {
+            const int t = t0 + r - shift_of(n, k0);
+            copy_piece(xs + swizzle64(r, piece), x + (item + t) * n.x_row + c, t >= 0 && t < n.T ? n.C - c : 0, unit_x);
         }
     };
 
     float sum[TAPS][2][4][4] = {};  // (tap, 16 rows, 8 channels, element of D)
-    if (first < end) load_stage(first);
-    for (long long chunk = first; chunk < end; ++chunk) {
+    if (run.first < run.end) load_stage(run.first);
+    for (int chunk = run.first; chunk < run.end; ++chunk) {
         wait_for_copies();
         __syncthreads();
-        if (chunk + 1 < end) load_stage(chunk + 1);
+        if (chunk + 1 < run.end) load_stage(chunk + 1);
         const T* const gs = stages + chunk % 2 * stage_size;
         const T* const xs = gs + DW_TIMES * 64;
-        const int left = n.T - (int)(chunk % per_item) * DW_TIMES;
+        const int left = n.T - chunk % per_item * DW_TIMES;
         for (int t = 0; t < DW_TIMES && t < left; t += 16) {
             unsigned g[2][4], v[4];
 #pragma unroll
@@ -988,13 +1049,12 @@ static const char* check(const Layer& n) {
     return nullptr;
 }
 
-template <class T, int M>
+template <class T, int M, bool WIDE>
 static const char* run_forward_v4(const Layer& n, const T* x, const T* w, const T* bias, const T* cond, T* y, T* a,
                                   void* stream) {
-    const bool wide = n.H % 8 == 0 && (!cond || alignment_of(cond, n.cond_row) == 16);
     const dim3 grid((unsigned)ceil_div(n.B * ceil_div(n.T, 16 * M), SLOTS), (unsigned)ceil_div(n.H, PAIRS4));
-    LAUNCH((forward_v4<T, M>), grid, dim3(THREADS), shared_forward_v4(n, M), stream, n, alignment_of(x, n.x_row),
-           alignment_of(w, n.C), wide, x, w, bias, cond, y, a);
+    LAUNCH((forward_v4<T, M, WIDE>), grid, dim3(THREADS), shared_forward_v4(n, M), stream, n, alignment_of(x, n.x_row),
+           alignment_of(w, n.C), x, w, bias, cond, y, a);
     return nullptr;
 }
 
@@ -1016,9 +1076,13 @@ static const char* run_forward(int version, const Layer& n, const T* x, const T*
         LAUNCH(forward_v3<T>, grid, dim3(THREADS), shared_v3(n, element), stream, n, x, w, bias, cond, y, a);
     }
     if constexpr (IS_16_BIT<T>) {
+        const bool wide = n.H % 8 == 0 && (!cond || alignment_of(cond, n.cond_row) == 16);
+        if (version == 4 && wide)
+            return long_tiles(n) ? run_forward_v4<T, 5, true>(n, x, w, bias, cond, y, a, stream)
+                                 : run_forward_v4<T, 1, true>(n, x, w, bias, cond, y, a, stream);
         if (version == 4)
-            return long_tiles(n) ? run_forward_v4<T, 5>(n, x, w, bias, cond, y, a, stream)
-                                 : run_forward_v4<T, 1>(n, x, w, bias, cond, y, a, stream);
+            return long_tiles(n) ? run_forward_v4<T, 5, false>(n, x, w, bias, cond, y, a, stream)
+                                 : run_forward_v4<T, 1, false>(n, x, w, bias, cond, y, a, stream);
         if (version == 5)
             return times_v5(n) == 80 ? run_forward_v5<T, 80>(n, x, w, bias, cond, y, a, stream)
                                      : run_forward_v5<T, 64>(n, x, w, bias, cond, y, a, stream);
@@ -1130,9 +1194,10 @@ static const char* run_backward(int version, const Layer& n, const T* dy, const 
     if (!problem && (long long)n.H * n.C > 0) problem = run_dw(version, n, da, x, dw, of_dw, stream);
     if (problem || n.H == 0) return problem;
     const long long weights = version < 3 ? 0 : 2LL * n.H * n.K * n.C;  // versions 1 and 2 have no parts of dw
-    const Parts<T> for_dw{of_dw, splits_of(version, n), weights, dw}, for_dbias{of_dbias, runs, 2LL * n.H, dbias};
-    LAUNCH(sum_parts<T>, dim3((unsigned)(ceil_div(weights, 32) + ceil_div(2 * n.H, 32))), dim3(32, 8),
-           256 * sizeof(Sum<T>), stream, for_dw, for_dbias);
+    const Parts<T> for_dbias{of_dbias, runs, 2LL * n.H, dbias}, for_dw{of_dw, splits_of(version, n), weights, dw};
+    const int blocks = (int)ceil_div(2 * n.H, OWN * FEW_LANES);
+    LAUNCH(sum_parts<T>, dim3((unsigned)(blocks + ceil_div(weights, OWN * LANES))), dim3(256), 256 * OWN * sizeof(Sum<T>),
+           stream, for_dbias, for_dw, blocks);
     return nullptr;
 }
 
