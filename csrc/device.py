@@ -6,6 +6,7 @@ import os
 import torch
 import torch.nn.functional as F
 
+from csrc.gated_conv import load_kernel
 from media.console import UserError
 
 
@@ -32,11 +33,12 @@ def network_precision(asked, hidden, device):
     """The dtype that the networks are trained in: asked for, or for "auto" the faster one. None: as the
     weights are, float32.
 
-    On an H100, PyTorch's operators, steps as CUDA graphs: hidden 256, 41 ms in bfloat16 against 58;
-    hidden 64, 5.0 to 6.1 against 4.7 to 6.4, no gain. Hidden 128, a layer: 0.32 ms against 0.53. Other GPUs
-    since 8.0 were not measured; by their data sheets 16-bit products are at least twice as fast."""
+    On an H100, steps as CUDA graphs, PyTorch's operators: hidden 256, 30 ms in bfloat16 against 42;
+    hidden 64, 4.6 against 4.2, but 3.3 by the kernels of csrc/, which take 16 bits only. Other GPUs since
+    8.0 were not measured; by their data sheets 16-bit products are at least twice as fast."""
     gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and gpu and hidden >= 128) else None
+    faster = gpu and (hidden >= 128 or load_kernel() is not None)
+    return torch.bfloat16 if asked == "bfloat16" or (asked == "auto" and faster) else None
 
 
 def dropout(x, p):

@@ -12,23 +12,23 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from media.console import UserError
 
 CSRC = Path(__file__).resolve().parent
 SOURCES = "gated_conv.h", "tensor_cores.h", "hopper.h", "gated_conv.cpp", "gated_conv.cu", "hopper.cu"
 # Where `auto` takes the fused operator: (dtype, major compute capability) -> what says that it is faster.
-# Times are us of forward and all gradients; rung 4's are those of its prototype (csrc/README.md).
+# Times are us of forward and all gradients on an H100 (csrc/README.md).
 FASTER = {
-    (torch.bfloat16, 9): "H100, against eager PyTorch: 130 / 209 (C 256), 104 / 210 (C 68), 19 / 60 (demo)",
+    (torch.bfloat16, 9): "against eager / compiled PyTorch: 75 / 217 / 107 (C 256), 19.5 / 50 / 21 (demo)",
     (torch.float16, 9): "the same instructions and bytes as bfloat16; no figure of its own",
 }
 # Elsewhere PyTorch runs the definition:
 #   16 bits, compute capability 8.x, or 10 and later    no such GPU has run these kernels
-#   16 bits, taps too many or too far for rung 4        rung 3 would run: H100, 917 to 1723 against 238
-#   float32 (TF32 or not)                               H100: 1860 by rung 3's form against 399
+#   16 bits, taps too many or too far for rung 4        rung 3 would run: 1678 against 217
+#   float32 (TF32 or not)                               rung 3's form: 1860 against 399
 #   float64                                             not measured
-#   inside torch.compile                                H100: 107 compiled against rung 4's 130
 
 
 # ---- The operator ------------------------------------------------------------------------------------------
@@ -37,7 +37,15 @@ FASTER = {
 def fused_gated_conv(x, weight, bias, cond, dilation, version=0, library="talkingflow"):
     """`gated_causal_conv_reference` by rung `version` of gated_conv.cu; 0: the highest that can run it."""
     save = torch.is_grad_enabled()  # the pre-activation, for backward
+    if version == 0 and x.shape[2] % 8 and (computed_in(x), capability(x.device)) in FASTER:
+        x, weight = whole_pieces(x, weight)
     return getattr(torch.ops, library).gated_conv(x, weight, bias, cond, dilation, save, version)[0]
+
+
+def whole_pieces(x, weight):
+    """Channels of zeros, up to a multiple of 8: Hopper's rung copies rows of whole 16-byte pieces."""
+    pad = (0, -x.shape[2] % 8)
+    return F.pad(x, pad), F.pad(weight.transpose(1, 2), pad).transpose(1, 2)  # as the kernels read it
 
 
 def fake(x, weight, bias, cond, dilation, save, version):
@@ -54,6 +62,7 @@ def fake_backward(dy, a, x, weight, dilation, version):
 def setup_context(ctx, inputs, output):
     x, weight, bias, cond, ctx.dilation, _, ctx.version = inputs
     ctx.given = bias is not None, cond is not None
+    ctx.set_materialize_grads(False)  # a's, which nobody uses, would be filled with zeros
     ctx.save_for_backward(output[1], x, weight)
 
 
@@ -67,6 +76,8 @@ def register_kernel(library):
     ops, name = getattr(torch.ops, library), f"{library}::gated_conv"
 
     def backward(ctx, dy, _):  # the gradient of cond is that of a
+        if dy is None:
+            return (None,) * 7
         dx, dweight, dbias, da = ops.gated_conv_backward(dy, *ctx.saved_tensors, ctx.dilation, ctx.version)
         return dx, dweight, dbias if ctx.given[0] else None, da if ctx.given[1] else None, None, None, None
 
@@ -230,6 +241,18 @@ def load_kernel():
     return fused_gated_conv
 
 
+def computed_in(x):
+    """The dtype that x will have in the operator."""
+    on = x.device.type
+    return torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
+
+
+@torch.compiler.assume_constant_result
+def capability(device):
+    """The major compute capability of a GPU; 0 of a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 @torch.compiler.assume_constant_result
 def kernel_loaded():
     """Whether `load_kernel` found the fused operator."""
@@ -248,11 +271,6 @@ def kernel_runs(x, weight, dilation):
     if choice == "torch":
         return False
     if choice == "auto":
-        if torch.compiler.is_compiling():
-            return False  # the compiled definition is as fast or faster
-        on = x.device.type
-        dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else x.dtype
-        measured = (dtype, torch.cuda.get_device_capability(x.device)[0]) in FASTER
-        if not (measured and tensor_cores_fit(weight, dilation)):
+        if (computed_in(x), capability(x.device)) not in FASTER or not tensor_cores_fit(weight, dilation):
             return False
     return kernel_loaded()
