@@ -278,17 +278,15 @@ class InvertibleConv1x1(nn.Module):
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
         return self.permutation @ (self.lower.tril(-1) + one) @ upper
 
-    def inverse_matrix(self):  # in float64: float32 inverses are the largest error of the whole inverse flow
-        return torch.linalg.inv(self.matrix().double()).to(self.lower.dtype)
-
-    def remember(self, batch_size):
-        self.inverted = self.inverse_matrix()
-
     def forward(self, x):
         return x @ self.matrix().T, x.shape[1] * self.log_diagonal.sum()
 
     def inverse(self, y):
-        return y @ (self.inverse_matrix() if self.inverted is None else self.inverted).T
+        return y @ (inverted(self.matrix()) if self.inverted is None else self.inverted).T
+
+
+def inverted(matrix):  # in float64: float32 inverses are the largest error of the whole inverse flow
+    return torch.linalg.inv(matrix.double()).to(matrix.dtype)
 
 
 class AffineCoupling(nn.Module):
@@ -386,8 +384,7 @@ class Prior(nn.Module):
         """var e of the frames first .. first + T - 1, (T, D)."""
         p1, p2 = self.partials()
         share = torch.stack([torch.ones_like(p1), 1 - p1**2, (1 - p1**2) * (1 - p2**2)])  # frames 0, 1, later
-        frames = torch.arange(first, first + T, device=p1.device).clamp(max=2)
-        return self.variance * share.index_select(0, frames)
+        return self.variance * torch.cat([share[:2], share[2:].expand(T, -1)])[min(first, 2) :][:T]
 
     def log_prob(self, z, mean):
         """log p(z | m(c)) (B,), nats; in a stream, given the frames before, where gradients end."""
@@ -527,6 +524,10 @@ class TalkingFlow(nn.Module):
         for module in flow.modules():
             if hasattr(module, "remember"):
                 module.remember(batch_size)
+        for scale in flow.scales:  # all of a size at once: a GPU takes as long for one
+            matrices = inverted(torch.stack([step.conv.matrix() for step in scale]))
+            for step, matrix in zip(scale, matrices):
+                step.conv.inverted = matrix
         return flow
 
     def denoise(self, x, c, sigma):
@@ -605,8 +606,8 @@ class Stream:
         assert c.dim() == 3 and len(c) == B, f"sound {tuple(c.shape)} vs ({B}, n, M)"
         if n == 0:
             return c.new_zeros(B, 0, D)
-        # torch.randn fills 16 numbers at a time: whole sixteens a frame give any block size the same draw
-        device = self.generator.device if self.generator else "cpu"
+        # on a CPU torch.randn fills 16 numbers at a time: whole sixteens a frame give any block size the same
+        device = self.generator.device if self.generator else c.device
         noise = torch.randn(n, -(-B * D // 16) * 16, generator=self.generator, dtype=c.dtype, device=device)
         noise = noise[:, : B * D].reshape(n, B, D).transpose(0, 1).to(c.device)
         return (self.draw_frame if n == 1 else self.draw)(noise, c)
