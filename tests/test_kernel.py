@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import json
 import os
 import re
 import shutil
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from conftest import say
 
 import talkingflow
-from csrc import gated_conv
-from csrc.device import network_precision
+from csrc import device, gated_conv
+from csrc.device import Captured, network_precision
 from csrc.gated_conv import find_toolkit, fused_gated_conv, kernel_runs, load_kernel, register_kernel
 from media import console
 from talkingflow import gated_causal_conv_reference as reference
@@ -392,6 +393,21 @@ def test_strided_expanded_and_misaligned_inputs(backend):
         compare(backend.kernel, [x, w, b, c], 2, tolerance, "dy a slice", dy=split)
 
 
+def test_on_hopper_rows_are_filled_up_to_whole_pieces(emulated, monkeypatch):
+    """C = 17, 34 and 68 reach the fifth rung as 24, 40 and 72; outputs and gradients are those of C."""
+    taken = []
+    monkeypatch.setattr(gated_conv, "capability", lambda device: 9)
+    whole_pieces = gated_conv.whole_pieces
+    monkeypatch.setattr(
+        gated_conv, "whole_pieces", lambda *both: taken.append(whole_pieces(*both)) or taken[-1]
+    )
+    for C in (17, 34, 68, 16):
+        tensors = inputs(3, C, 16, 33, 3, dtype=torch.bfloat16)
+        compare(emulated, tensors, 2, TOLERANCE[torch.bfloat16], f"C{C}")
+    assert [(x.shape[2], w.shape) for x, w in taken] == [(C, (32, C, 3)) for C in (24, 40, 72)]
+    assert all(w.stride() == (3 * C, 1, C) for (_, w), C in zip(taken, (24, 40, 72)))
+
+
 def test_weights_of_the_flow_are_read_as_they_lie(backend):
     """The (2H, K, C) parameter's transposed view costs no copy; its gradient comes back in the same order."""
     x, w, b, c = inputs(2, 5, 3, 9, 2, dtype=torch.float32, device=backend.device)
@@ -502,15 +518,16 @@ def test_the_choice_of_backend_compiles_without_graph_breaks(emulated, monkeypat
     scope = vars(talkingflow) | {"fused_gated_conv": fused}
     exec(source.replace("x.is_cuda", "x.is_cpu"), scope)  # noqa: S102
     monkeypatch.setattr(gated_conv, "load_kernel", lambda: emulated)
-    x, w, b, c = inputs(2, 5, 3, 9, 2, dtype=torch.float32)
-    # the compiled definition is as fast: auto takes it
-    for choice, fused in (("cuda", True), ("auto", False)):
+    monkeypatch.setattr(gated_conv, "FASTER", {(torch.bfloat16, 0): "as if on a Hopper"})
+    float32, bfloat16 = (inputs(2, 5, 3, 9, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    cases = ("cuda", float32, True), ("auto", float32, False), ("auto", bfloat16, True)  # this one with C = 8
+    for choice, (x, w, b, c), fused in cases:
         monkeypatch.setenv("TALKINGFLOW_KERNEL", choice)
         torch._dynamo.reset()
         call = torch.compile(
             lambda x: scope["gated_causal_conv"](x, w, b, c, 2), fullgraph=True, backend="aot_eager"
         )
-        assert_close(call(x), reference(x, w, b, c, 2), 5e-6)
+        assert_close(call(x), reference(x, w, b, c, 2), TOLERANCE[x.dtype])
         graph = str(torch._dynamo.explain(scope["gated_causal_conv"])(x, w, b, c, 2).ops_per_graph)
         assert ("talkingflow_cpu" in graph) == fused
 
@@ -553,10 +570,12 @@ def test_the_dispatcher_knows_which_layers_the_tensor_cores_can_run(emulated):
 
 @pytest.mark.parametrize(
     "asked, hidden, major, wanted",
-    [("auto", 256, 9, True), ("auto", 128, 8, True), ("auto", 64, 9, False), ("auto", 256, 7, False)]
-    + [("bfloat16", 64, 7, True), ("float32", 256, 9, False), ("auto", 256, None, False)],
+    [("auto", 256, 9, True), ("auto", 128, 8, True), ("auto", 64, 9, True), ("auto", 64, 8, False)]
+    + [("auto", 256, 7, False), ("bfloat16", 64, 7, True), ("float32", 256, 9, False)]
+    + [("auto", 256, None, False)],
 )
 def test_auto_precision_is_the_faster_one(monkeypatch, asked, hidden, major, wanted):
+    monkeypatch.setattr(device, "load_kernel", lambda: fused_gated_conv if major == 9 else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
     on = torch.device("cuda" if major else "cpu")
     assert network_precision(asked, hidden, on) == (torch.bfloat16 if wanted else None)
@@ -708,8 +727,8 @@ def test_training_and_sampling_are_equal_through_either_backend(backend, monkeyp
         }
         flow = talkingflow.TalkingFlow(talkingflow.Config(**fields))
         x, c = torch.rand(4, 20, 16), torch.randn(4, 20, 5)
-        flow.initialize(x, c)
         flow, x, c = flow.to(backend.device), x.to(backend.device), c.to(backend.device)
+        flow.initialize(x, c)
         optimizer, losses = torch.optim.Adam(flow.parameters(), 1e-3), []
         for _ in range(8):
             loss = flow.nll(x, c).mean()
@@ -1067,6 +1086,94 @@ def test_is_captured_by_a_cuda_graph():
     assert_close(y, reference(x, w, b, c, 2), 1e-5)
 
 
+@needs_gpu
+def test_what_auto_chooses_compiles_without_graph_breaks(monkeypatch):
+    """C = 68: on Hopper the rows are filled up inside the compiled program, too."""
+    monkeypatch.delenv("TALKINGFLOW_KERNEL", raising=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(talkingflow.gated_causal_conv, fullgraph=True)
+    tensors = inputs(4, 68, 64, 40, 3, dtype=torch.bfloat16, device="cuda")
+    compare(compiled, tensors, 2, TOLERANCE[torch.bfloat16], "compiled")
+
+
+@needs_gpu
+def test_a_captured_step_trains_as_the_eager_one_does(waves, tmp_path, monkeypatch):
+    """200 steps without dropout: the same losses, to rounding. `waves` is the folder, clips and all."""
+
+    def losses(name, capture):
+        monkeypatch.setattr(talkingflow, "Captured", capture)
+        config = talkingflow.Config(
+            hidden=16, init="random", dropout=0.0, noise=0.0022, lr=3e-4, steps=200, eval_interval=20
+        )
+        (tmp_path / name).mkdir()
+        trainer = talkingflow.Trainer(config, talkingflow.Clips(waves), tmp_path / name, "cuda")
+        assert trainer.run() == 0
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        return trainer, [json.loads(line)["train_nll"] for line in lines]
+
+    trainer, captured = losses("captured", Captured)
+    _, eager = losses("eager", lambda function, device: function)
+    assert trainer.advance.graph is not None
+    assert captured[-1] < captured[0] - 0.1 and captured == pytest.approx(eager, abs=1e-4)
+
+
+@needs_gpu
+def test_a_run_resumed_on_a_gpu_draws_what_it_would_have_drawn(waves, tmp_path):
+    """Windows and noise, and dropout inside the captured step: the generators end where they would have."""
+    config = talkingflow.Config(hidden=16, steps_per_scale=1, noise=0.0022, lr=3e-4, steps=40)
+
+    def run(name, stop, state=None):
+        (tmp_path / name).mkdir(exist_ok=True)
+        trainer = talkingflow.Trainer(config, talkingflow.Clips(waves), tmp_path / name, "cuda", state)
+        while trainer.step < stop:
+            trainer.train_step()
+        trainer.log(1.0)
+        return trainer, torch.load(tmp_path / name / "resume.pt")
+
+    _, half = run("resumed", 20)
+    (resumed, again), (whole, state) = run("resumed", 40, half), run("whole", 40)
+    assert resumed.advance.graph is not None
+    assert torch.equal(again["torch_rng"], state["torch_rng"])
+    assert torch.equal(again["generator"], state["generator"])
+    assert not torch.equal(half["torch_rng"], state["torch_rng"])
+    for name, weight in whole.flow.state_dict().items():
+        assert_close(resumed.flow.state_dict()[name].float(), weight.float(), 1e-3, name)
+
+
+@needs_gpu
+def test_a_captured_step_drops_out_anew_each_time_and_can_be_repeated():
+    def calls():
+        torch.manual_seed(3)
+        step = Captured(lambda x: F.dropout(x, 0.5), "cuda")
+        results = [step(torch.ones(64, device="cuda")) for _ in range(8)]
+        assert step.graph is not None
+        return torch.stack(results)
+
+    first, second = calls(), calls()
+    assert len(first.unique(dim=0)) == 8 and torch.equal(first, second)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sigma", [0.0, 0.002])
+def test_a_stream_of_captured_frames_is_the_whole_sequence(sigma):
+    """And the flow on a GPU is the flow on a CPU: the same noise, drawn on the CPU, the same faces."""
+    torch.manual_seed(0)
+    flow = talkingflow.TalkingFlow(talkingflow.Config(hidden=16, steps_per_scale=1)).eval()
+    flow.initialize(torch.rand(4, 60, 136), torch.randn(4, 60, 40))
+    c = torch.randn(2, 30, 40)
+
+    def faces(flow, c, blocks):
+        stream = flow.stream(2, generator=torch.Generator().manual_seed(1), sigma=sigma)
+        x = torch.cat([stream.push(block) for block in c.split(blocks, 1)], 1)
+        assert 1 not in blocks or not x.is_cuda or stream.draw_frame.graph is not None
+        return x.cpu()
+
+    wanted = faces(flow, c, [30])
+    flow, c = flow.to("cuda"), c.to("cuda")
+    for blocks in ([30], [1] * 30, [1] * 6 + [5] + [1] * 7 + [12]):
+        assert (faces(flow, c, blocks) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 FAULTY = """
 #include <cstdio>
 __global__ void faulty(int what, float* in, float* out) {
@@ -1097,9 +1204,10 @@ def sanitized(tmp_path_factory):
         pytest.skip("no compute-sanitizer on PATH")
     assert load_kernel() is not None  # built here, not four times at once
     code = (
-        "import torch; from csrc.gated_conv import load_kernel; k = load_kernel()\n"
+        "import sys, torch; from csrc.gated_conv import load_kernel; k = load_kernel()\n"
         "cases = [(1, 12), (2, 12), (3, 12), (4, 12), (4, 136), (5, 16)]\n"  # 136: the gate in its own pass
-        "hopper = torch.cuda.get_device_capability() == (9, 0)\n"
+        # initcheck does not see what TMA writes, and takes all of it for unwritten
+        "hopper = torch.cuda.get_device_capability() == (9, 0) and sys.argv[1] != 'initcheck'\n"
         "for version, C in cases if hopper else cases[:-1]:\n"
         "    dtype = torch.bfloat16 if version > 3 else torch.float32\n"
         "    H = 136 if version == 5 else 33\n"
@@ -1115,7 +1223,7 @@ def sanitized(tmp_path_factory):
 
     def run(tool):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        programs = [sys.executable, "-c", code], [faulty, str(TOOLS.index(tool))]
+        programs = [sys.executable, "-c", code, tool], [faulty, str(TOOLS.index(tool))]
         options = dict(cwd=ROOT, env=env, capture_output=True, text=True, check=False)
         return [subprocess.run([*command, *program], **options) for program in programs]
 
@@ -1256,10 +1364,10 @@ def test_the_benchmark_of_a_gpu_runs_to_its_last_line(pretended_gpu, emulated, m
     late = ["3 registers", "4 tensor cores", "5 Hopper"]  # of the late taps
     assert [cells[0] for cells in failed] == ["5 Hopper", *late]  # first: its rows are 8 bytes
     layer = ["eager, conv1d", "eager, one product", "compiled, conv1d", "compiled, one product"]
-    layer += ["1 naive", "2 tile", "3 registers", "4 tensor cores", "5 Hopper"]
+    layer += ["1 naive", "2 tile", "3 registers", "4 tensor cores", "5 Hopper", "the one taken"]
     names = [cells[0] for cells in rows]
     start = names.index("**paper, bfloat16**: B 2, T 20, C 8, H 8, K 3, d 4; 5 inputs in turn, cold")
-    assert names[start + 1 : start + 11] == ["floor by data sheet", *layer]
+    assert names[start + 1 : start + 12] == ["floor by data sheet", *layer]
     assert rows[start + 2][1] == "60.0" and rows[start + 2][5] == "60.0"  # 300 us for five
     ends = ["step, float32, PyTorch", "step, bfloat16, PyTorch", "step, bfloat16, fused"]
     steps = [f"{p} {end}{how}" for p in ("demo", "paper") for end in ends for how in ("", ", one CUDA graph")]
