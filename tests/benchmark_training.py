@@ -33,9 +33,8 @@ from talkingflow import Clips, Config, Trainer, fixed_batches, validate
 POINTS = 6  # validations a training, at equal distances
 FPS, RATE, CLIP = 25, 16000, 75  # frames a second, samples a second, frames a clip of the stand-in folders
 HOURS = {0.5: "", 5: "", 17: "the paper's", 100: "", 400: "", 2400: "VoxCeleb2"}
-# A model, not a measurement of this code: a step of prototypes on an H100 (PyTorch 2.11) as one CUDA
-# graph, ms: demo (B 8, T 74) in float32, paper (B 128, T 80) in bfloat16.
-H100_STEP = {"demo": 6.4, "paper": 40.8}
+# ms of a step on an H100 (PyTorch 2.11) as one CUDA graph, on random windows (csrc/README.md).
+H100_STEP = {"demo": 3.3, "paper": 17.6}
 EPOCHS = {"demo": 10, "paper": 100}
 
 
@@ -161,7 +160,7 @@ def sizing():
     print(f"MB a window of a paper step {a_window:.0f}")
     print(f"ms a step: demo {rates['demo']:.0f}, paper {rates['paper']:.0f} (8 times that of 16 clips)\n")
     columns = ["hours", "frames", "disk GB", "memory GB"]
-    columns += [f"{name}: {what}" for name in EPOCHS for what in ("steps", "CPU h", "H100 h (model)")]
+    columns += [f"{name}: {what}" for name in EPOCHS for what in ("steps", "CPU h", "H100 h")]
     print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     for hours, name in HOURS.items():
         frames = hours * 3600 * FPS
