@@ -274,9 +274,9 @@ class InvertibleConv1x1(nn.Module):
         self.log_diagonal.copy_(diagonal.abs().log())
 
     def matrix(self):
-        one = torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        """W (D, D)."""
         upper = self.upper.triu(1) + torch.diag(self.sign * self.log_diagonal.exp())
-        return self.permutation @ (self.lower.tril(-1) + one) @ upper
+        return self.permutation @ self.lower.tril(-1).fill_diagonal_(1) @ upper
 
     def forward(self, x):
         return x @ self.matrix().T, x.shape[1] * self.log_diagonal.sum()
