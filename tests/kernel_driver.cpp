@@ -43,7 +43,8 @@ struct Case {
 static const Case CASES[] = {{2, 65, 9, 33, 3, 2, true, true, 2},   {5, 9, 5, 3, 2, 16, true, false, 2},
                              {1, 130, 65, 34, 2, 66, false, true, 3}, {1, 1, 17, 5, 5, 1, true, true, 1},
                              {3, 81, 12, 8, 3, 4, true, true, 8},   {1, 41, 40, 72, 1, 1, true, true, 16},
-                             {3, 65, 72, 136, 2, 100, true, true, 8, 4}, {5, 75, 136, 72, 5, 3, false, true, 0, 5}};
+                             {2, 70, 16, 8, 3, 2, true, false, 8, 5}, {3, 65, 72, 136, 2, 100, true, true, 8, 4},
+                             {5, 75, 136, 72, 5, 3, false, true, 0, 5}};
 
 template <class T> struct Buffer {
     size_t size;

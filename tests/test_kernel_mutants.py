@@ -2,9 +2,10 @@
 check must fail.
 
 The checks are runs of kernel_driver.cpp, of the version that the fault's name begins with: `run` compares
-with plain loops under AddressSanitizer and UndefinedBehaviorSanitizer's alignment check; `tsan` looks for
-races only; `big` runs the last block of tensors beyond 2^31 elements; `model` has no sanitizer, only the
-loops and what cuda_on_cpu*.h refuse (a phase that never ends, an operand that changes while it is read).
+with plain loops, and cuda_on_cpu*.h refuse what hardware leaves undefined (a phase that never ends, an
+operand that changes while it is read); `asan` does so under AddressSanitizer and
+UndefinedBehaviorSanitizer's alignment check; `tsan` looks for races only; `big` runs the last block of
+tensors beyond 2^31 elements.
 The table of what was found is printed:
 python -m pytest --slow -s tests/test_kernel_mutants.py
 """
@@ -19,10 +20,10 @@ from conftest import say
 from test_kernel import CSRC, NO_GXX, compile_driver, run_driver
 
 FLAGS = {
-    "run": ["-O0", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"],
-    "tsan": ["-O1", "-fsanitize=thread"],
-    "big": [],
-    "model": ["-O1"],
+    "run": ["-O0"],
+    "asan": ["-O0", "-fsanitize=address,alignment", "-fno-sanitize-recover=all"],
+    "tsan": ["-O0", "-fsanitize=thread"],
+    "big": ["-O0"],
 }
 FULL = "barrier_wait(full + stage, "
 TILE_READY = "__syncthreads();  // the tile is complete before anyone reads it"
@@ -38,7 +39,7 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
         "x + (row - shift_of(n, k)) * n.x_row;",
         "x + (row - (t < k * n.dilation ? t : k * n.dilation)) * n.x_row;",
     ),
-    ("1: reads before the first frame", "run", "if (t < shift_of(n, k)) continue;", ""),
+    ("1: reads before the first frame", "asan", "if (t < shift_of(n, k)) continue;", ""),
     (
         "1: slices of x read as contiguous",
         "run",
@@ -46,11 +47,11 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
         "x + (row - shift_of(n, k)) * n.C;",
     ),
     ("1: slices of cond read as contiguous", "run", "cond[row * n.cond_row + o]", "cond[row * 2 * n.H + o]"),
-    ("1: dx looks past the item's end", "run", "if (t + shift_of(n, k) >= n.T) continue;", ""),
+    ("1: dx looks past the item's end", "asan", "if (t + shift_of(n, k) >= n.T) continue;", ""),
     ("1: gate, derivative of tanh without the square", "run", "(1 - p * p)", "(1 - p)"),
     (
         "1: gate, frames beyond the last are written",
-        "run",
+        "asan",
         "if (row >= end) continue;\n *reinterpret_cast<P*>(da",
         "*reinterpret_cast<P*>(da",
     ),
@@ -60,7 +61,7 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
         "blockDim.y * GATE_RUN + threadIdx.y,",
         "blockDim.y * (GATE_RUN - 1) + threadIdx.y,",
     ),
-    ("1: gate, 16-byte reads of any H", "run", "return n.H % V == 0 &&", "return"),
+    ("1: gate, 16-byte reads of any H", "asan", "return n.H % V == 0 &&", "return"),
     (
         "1: gate, no barrier before the block's sum",
         "tsan",
@@ -99,7 +100,7 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("2: more shared memory than a block has", "run", "shared_v2(n, element), stream", "200000, stream"),
     (
         "2: shared memory too small",
-        "run",
+        "asan",
         "tile_rows<SIDE>(n)) * STRIDE2 * element",
         "tile_rows<SIDE>(n) - 1) * STRIDE2 * element",
     ),
@@ -124,11 +125,11 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("2: dx with unflipped taps", "run", "gs[(frame + (n.K - 1 - k) * step)", "gs[(frame + k * step)"),
     (
         "2: frames before 0 read as they lie",
-        "run",
+        "asan",
         "d0 + i < n.C && t >= 0 && t < n.T",
         "d0 + i < n.C && t < n.T",
     ),
-    ("2: no end of the input channels", "run", "d0 + i < n.C && t >= 0 && t < n.T", "t >= 0 && t < n.T"),
+    ("2: no end of the input channels", "asan", "d0 + i < n.C && t >= 0 && t < n.T", "t >= 0 && t < n.T"),
     (
         "2: dropped tail of the input channels",
         "run",
@@ -159,7 +160,7 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
         "xs + k * step + tt, stride);\n        __syncthreads();",
         "xs + k * step + tt, stride);",
     ),
-    ("3: 16-byte reads off 16-byte addresses", "run", "STRIDE = ROWS + 4;", "STRIDE = ROWS + 3;"),
+    ("3: 16-byte reads off 16-byte addresses", "asan", "STRIDE = ROWS + 4;", "STRIDE = ROWS + 3;"),
     (
         "3: weights outside are no numbers",
         "run",
@@ -193,7 +194,7 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ),
     (
         "3: dw, the longer splits are no longer",
-        "run",
+        "asan",
         "end = first + each + (y < longer);",
         "end = first + each;",
     ),
@@ -234,18 +235,18 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("4: gates taken from the values' rows", "run", "o = c + i % 2 * n.H", "o = c"),
     (
         "4: frames before 0 read as they lie",
-        "run",
+        "asan",
         "t >= 0 && t < n.T ? n.C - d0 : 0, unit_x",
         "t < n.T ? n.C - d0 : 0, unit_x",
     ),
-    ("4: a slot after the last tile is computed", "run", "t0 = b < (unsigned)n.B ? ", "t0 = true ? "),
-    ("4: no end of the input channels", "run", "t < n.T ? n.C - d0 : 0, unit_x", "t < n.T ? 8 : 0, unit_x"),
-    ("4: cond of frames beyond the last is read", "run", "if (cond && frame(m, e) < n.T)", "if (cond)"),
-    ("4: the gates start at the values' bias", "run", "bias + n.H + c, count", "bias + c, count"),
-    ("4: tanh's series taken far from 0", "run", "a * a < 1.0f / 256", "a * a < 4.0f"),
+    ("4: a slot after the last tile is computed", "asan", "t0 = b < (unsigned)n.B ? ", "t0 = true ? "),
+    ("4: no end of the input channels", "asan", "t < n.T ? n.C - d0 : 0, unit_x", "t < n.T ? 8 : 0, unit_x"),
+    ("4: cond of frames beyond the last is read", "asan", "if (cond && frame(m, e) < n.T)", "if (cond)"),
+    ("4: the gates start at the values' bias", "asan", "bias + n.H + c, count", "bias + c, count"),
+    ("4: tanh's series taken far from 0", "asan", "a * a < 1.0f / 256", "a * a < 4.0f"),
     (
         "4: y written whole where H ends",
-        "run",
+        "asan",
         "write8<WIDE>(y + row * n.H + c, out, count)",
         "write8<WIDE>(y + row * n.H + c, out, 8)",
     ),
@@ -256,8 +257,8 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
         "if (here) to[j] = from[j];",
         "if (here && j % 2 == 0) to[j] = from[j];",
     ),
-    ("4: 16-byte stores of any H", "run", "const bool wide = n.H % 8 == 0 &&", "const bool wide = true ||"),
-    ("4: dx, pairs stored off their alignment", "run", "if (n.C % 2 == 0) *", "if (true) *"),
+    ("4: 16-byte stores of any H", "asan", "const bool wide = n.H % 8 == 0 &&", "const bool wide = true ||"),
+    ("4: dx, pairs stored off their alignment", "asan", "if (n.C % 2 == 0) *", "if (true) *"),
     (
         "4: dx looks back",
         "run",
@@ -273,7 +274,7 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ("4: gate, the next tile's frames written too", "tsan", "if (da && r % rows < times)", "if (da)"),
     ("4: gate, written by every column of blocks", "tsan", "blockIdx.y == 0 ? da : nullptr;", "da;"),
     ("4: gate, rows behind 2H are no numbers", "run", "p < SLOTS * rows * tail;", "p < 0;"),
-    ("4: gate, the tile as small as two stages", "run", "merged ? ceil_div(2LL * n.H, DEPTH4) : 2;", "2;"),
+    ("4: gate, the tile as small as two stages", "asan", "merged ? ceil_div(2LL * n.H, DEPTH4) : 2;", "2;"),
     (
         "4: gate, weights on the tile",
         "run",
@@ -298,63 +299,48 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ),
     ("4: dw, all taps the same", "run", "t + tap * n.dilation + lane % 16", "t + lane % 16"),
     ("4: dw, the halo of x left out", "run", "r < rows; r += THREADS / 8", "r < DW_TIMES; r += THREADS / 8"),
-    ("4: shared memory too small", "run", "2LL * n.K * PAIRS4);", "2LL * n.K * PAIRS4 - 8);"),
+    ("4: shared memory too small", "asan", "2LL * n.K * PAIRS4);", "2LL * n.K * PAIRS4 - 8);"),
     ("4: 32-bit index of an input", "big", "x + row * n.x_row + d0", "x + (int)(row * n.x_row + d0)"),
-    ("5: a stage read before it has arrived", "model", "barrier_wait(full + stage, parity);", ""),
-    ("5: the reader's phase flipped", "model", "barrier_wait(full + stage, parity);", FULL + "parity ^ 1);"),
-    ("5: a stage refilled before it is free", "model", "barrier_wait(empty + stage, parity ^ 1);", ""),
-    ("5: the producer's phase flipped", "model", "empty + stage, parity ^ 1)", "empty + stage, parity)"),
-    ("5: phases never turn", "model", "parity ^= 1;", ""),
-    ("5: freed while its products are under way", "model", "wgmma_wait<1>();", "wgmma_wait<2>();"),
-    (
-        "5: frees the wrong stage",
-        "model",
-        "barrier_arrive(empty + before);",
-        "barrier_arrive(empty + stage);",
-    ),
-    ("5: every thread frees a stage", "model", "if (i > 0 && threadIdx.x % 32 == 0)", "if (i > 0)"),
-    ("5: half the warps free a stage", "model", "empty + i, PRODUCER / 32)", "empty + i, PRODUCER / 64)"),
-    ("5: weights alone are waited for", "model", "ring.refill(W + TILE);", "ring.refill(W);"),
-    ("5: dx, a row too many is waited for", "model", "refill(2 * W + TILE);", "refill(2 * W + TILE + ROW);"),
+    ("5: a stage read before it has arrived", "run", "barrier_wait(full + stage, parity);", ""),
+    ("5: the reader's phase flipped", "run", "barrier_wait(full + stage, parity);", FULL + "parity ^ 1);"),
+    ("5: a stage refilled before it is free", "run", "barrier_wait(empty + stage, parity ^ 1);", ""),
+    ("5: the producer's phase flipped", "run", "empty + stage, parity ^ 1)", "empty + stage, parity)"),
+    ("5: phases never turn", "run", "parity ^= 1;", ""),
+    ("5: freed while its products are under way", "run", "wgmma_wait<1>();", "wgmma_wait<2>();"),
+    ("5: frees the wrong stage", "run", "barrier_arrive(empty + before);", "barrier_arrive(empty + stage);"),
+    ("5: every thread frees a stage", "run", "if (i > 0 && threadIdx.x % 32 == 0)", "if (i > 0)"),
+    ("5: half the warps free a stage", "run", "empty + i, PRODUCER / 32)", "empty + i, PRODUCER / 64)"),
+    ("5: weights alone are waited for", "run", "ring.refill(W + TILE);", "ring.refill(W);"),
+    ("5: dx, a row too many is waited for", "run", "refill(2 * W + TILE);", "refill(2 * W + TILE + ROW);"),
     (
         "5: dw, a box not waited for",
-        "model",
+        "run",
         "ring.refill((2 + TAPS) * BOX);",
         "ring.refill((1 + TAPS) * BOX);",
     ),
-    ("5: a box of x one row short", "model", "{64, times, items, 1});", "{64, times - 1, items, 1});"),
-    ("5: a box of w one row short", "model", "{64, 1, CHANNELS5, 2}", "{64, 1, CHANNELS5 - 1, 2}"),
+    ("5: a box of x one row short", "run", "{64, times, items, 1});", "{64, times - 1, items, 1});"),
+    ("5: a box of w one row short", "run", "{64, 1, CHANNELS5, 2}", "{64, 1, CHANNELS5 - 1, 2}"),
     (
         "5: a box of one item",
-        "model",
+        "run",
         "maps[0], x, n, C, n.x_row, TIMES, ITEMS)",
         "maps[0], x, n, C, n.x_row, TIMES, 1)",
     ),
-    (
-        "5: descriptor, stride of one row",
-        "model",
-        "(uint64_t)(ATOM >> 4) << 32",
-        "(uint64_t)(ROW >> 4) << 32",
-    ),
-    ("5: descriptor, no swizzle", "model", "1ull << 62", "0"),
-    (
-        "5: descriptor, taps without their stride",
-        "model",
-        "2 * BOX + t * ROW, BOX)",
-        "2 * BOX + t * ROW, ROW)",
-    ),
-    ("5: always the same 16 channels of x", "model", "descriptor(in + W + k);", "descriptor(in + W);"),
-    ("5: dx, weights not read across", "model", "wgmma<true, false>(", "wgmma<false, false>("),
+    ("5: descriptor, stride of one row", "run", "(uint64_t)(ATOM >> 4) << 32", "(uint64_t)(ROW >> 4) << 32"),
+    ("5: descriptor, no swizzle", "run", "1ull << 62", "0"),
+    ("5: descriptor, taps without their stride", "run", "2 * BOX + t * ROW, BOX)", "2 * BOX + t * ROW, ROW)"),
+    ("5: always the same 16 channels of x", "run", "descriptor(in + W + k);", "descriptor(in + W);"),
+    ("5: dx, weights not read across", "run", "wgmma<true, false>(", "wgmma<false, false>("),
     (
         "5: dx, the next 16 channels for the next 16 rows",
-        "model",
+        "run",
         "group * W + k * 16 * ROW",
         "group * W + k * 32",
     ),
-    ("5: dw, x not read across", "model", "wgmma<true, true>(", "wgmma<true, false>("),
-    ("5: tiles off their 1024 bytes", "model", "(ATOM - shared_address(shared) % ATOM) % ATOM", "0"),
-    ("5: shared memory too small", "run", "SHARED_BYTES = ATOM + STAGES", "SHARED_BYTES = STAGES"),
-    ("5: barriers TMA does not see", "model", "fence_async();  // TMA shall see them", ""),
+    ("5: dw, x not read across", "run", "wgmma<true, true>(", "wgmma<true, false>("),
+    ("5: tiles off their 1024 bytes", "run", "(ATOM - shared_address(shared) % ATOM) % ATOM", "0"),
+    ("5: shared memory too small", "asan", "SHARED_BYTES = ATOM + STAGES", "SHARED_BYTES = STAGES"),
+    ("5: barriers TMA does not see", "run", "fence_async();  // TMA shall see them", ""),
     (
         "5: barriers others do not see",
         "tsan",
@@ -363,18 +349,18 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ),
     (
         "5: stores TMA does not see",
-        "model",
+        "run",
         "fence_async();\n    sync_warpgroup(1 + group);",
         "sync_warpgroup(1 + group);",
     ),
     (
         "5: a tile sent before it is whole",
-        "model",
+        "run",
         "fence_async();\n    sync_warpgroup(1 + group);",
         "fence_async();",
     ),
-    ("5: one named barrier for two warpgroups", "model", "sync_warpgroup(1 + group);", "sync_warpgroup(1);"),
-    ("5: y over a, which has not left", "model", "if (threadIdx.x % 128 == 0) tma_store_wait();", ""),
+    ("5: one named barrier for two warpgroups", "run", "sync_warpgroup(1 + group);", "sync_warpgroup(1);"),
+    ("5: y over a, which has not left", "run", "if (threadIdx.x % 128 == 0) tma_store_wait();", ""),
     (
         "5: y over a, not waited by the others",
         "tsan",
@@ -383,59 +369,59 @@ MUTANTS = [  # what is planted, which check must find it, text, replacement
     ),
     (
         "5: ends before y has left",
-        "model",
+        "run",
         "tma_store(y, tile, c1, t0, b0, 0);\n            tma_store_wait();",
         "tma_store(y, tile, c1, t0, b0, 0);",
     ),
-    ("5: wgmma without its fence", "model", "wgmma_fence();", ""),
-    ("5: products in no group", "model", "wgmma_commit();", ""),
-    ("5: D read before its products", "model", "wgmma_wait<0>();", ""),
+    ("5: wgmma without its fence", "run", "wgmma_fence();", ""),
+    ("5: products in no group", "run", "wgmma_commit();", ""),
+    ("5: D read before its products", "run", "wgmma_wait<0>();", ""),
     (
         "5: future and past exchanged",
-        "model",
+        "run",
         "ring.load(W, x, d0, t0 - shift_of(n, k)",
         "ring.load(W, x, d0, t0 + shift_of(n, k)",
     ),
     (
         "5: dx looks back",
-        "model",
+        "run",
         "ring.load(2 * W, da, o, t0 + shift_of(n, k)",
         "ring.load(2 * W, da, o, t0 - shift_of(n, k)",
     ),
     (
         "5: frames after T are the next item's",
-        "run",
+        "asan",
         "{channels, n.T, n.B, 1}",
         "{channels, n.T + 1, n.B, 1}",
     ),
-    ("5: values of a written over its gates", "run", "a, {H, 2, n.T, n.B}", "a, {2 * H, 2, n.T, n.B}"),
-    ("5: gates conditioned by the values' numbers", "model", "cond, n.H + c0 + 64 * g", "cond, c0 + 64 * g"),
+    ("5: values of a written over its gates", "asan", "a, {H, 2, n.T, n.B}", "a, {2 * H, 2, n.T, n.B}"),
+    ("5: gates conditioned by the values' numbers", "run", "cond, n.H + c0 + 64 * g", "cond, c0 + 64 * g"),
     (
         "5: warpgroups take each other's cond",
-        "model",
+        "run",
         "if (group == 1) ring.next();\n        unsigned char* const tile = ring.filled();  // this",
         "if (group == 0) ring.next();\n        unsigned char* const tile = ring.filled();  // this",
     ),
     (
         "5: D's blocks turned round",
-        "model",
+        "run",
         "8 * (j + lane / 16) + lane % 8, 2 * warp + lane / 8 % 2",
         "8 * (j + lane / 8 % 2) + lane % 8, 2 * warp + lane / 16",
     ),
     (
         "5: tiles not swizzled",
-        "model",
+        "run",
         "swizzle64(8 * (j + lane / 16) + lane % 8, 2 * warp + lane / 8 % 2)",
         "(8 * (j + lane / 16) + lane % 8) * 64 + (2 * warp + lane / 8 % 2) * 8",
     ),
     (
         "5: dw, the last chunk of a split is lost",
-        "model",
+        "run",
         "multiply_each(run.end - run.first,",
         "multiply_each(run.end - run.first - 1,",
     ),
-    ("5: dw, taps after the last are written", "model", "|| k >= n.K ||", "||"),
-    ("5: no end of the gates' bias", "run", "bias && channel < n.H ?", "bias ?"),
+    ("5: dw, taps after the last are written", "run", "|| k >= n.K ||", "||"),
+    ("5: no end of the gates' bias", "asan", "bias && channel < n.H ?", "bias ?"),
 ]
 
 
