@@ -71,7 +71,7 @@ def talkers(tmp_path_factory):
     import prepare_data
 
     folder = tmp_path_factory.mktemp("data") / "talkers"
-    prepare_data.synthetic(folder, clips=120)
+    prepare_data.synthetic(folder, clips=60)
     return folder
 
 

@@ -265,7 +265,7 @@ def held(talkers):
 
 @pytest.fixture(scope="module")
 def net(held, tmp_path_factory):
-    return evaluate.train_syncnet(held, tmp_path_factory.mktemp("sync"), 300)
+    return evaluate.train_syncnet(held, tmp_path_factory.mktemp("sync"), 150)
 
 
 def test_syncnet_tells_pairs_from_strangers_and_finds_the_offset_of_late_lips(held, net):

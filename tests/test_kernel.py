@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import say
+from conftest import say, thinned
 
 import talkingflow
 from csrc import device, gated_conv
@@ -108,6 +108,12 @@ def on_cpus(request):
     """What any CPU can prove is left to CPUs: a GPU, perhaps borrowed, is not kept waiting for it."""
     if not NO_GPU and not request.config.getoption("--slow"):
         pytest.skip("a GPU is here to run the kernels themselves; --slow checks its model, too")
+
+
+@pytest.fixture(scope="session")
+def driver(on_cpus, tmp_path_factory):
+    """kernel_driver.cpp without a sanitizer."""
+    return compile_driver(tmp_path_factory.mktemp("driver"), flags=["-O0"])
 
 
 @pytest.fixture(scope="session")
@@ -436,7 +442,7 @@ def test_nan_and_inf_stay_where_they_are(backend):
             assert_close(got.nan_to_num(0, 0, 0), wanted.nan_to_num(0, 0, 0), TOLERANCE[dtype])
 
 
-@versions
+@over(RUNS, slow=[(5, torch.float16)])
 def test_no_output_sees_the_future_bit_for_bit(backend, number, dtype):
     kernel = backend.version(number)
     x, w, b, c = inputs(1, *(9, 5) if number < 5 else (16, 8), 140, 3, dtype=dtype, device=backend.device)
@@ -463,22 +469,20 @@ def test_repeated_runs_and_thread_orders_give_the_same_bits(backend, monkeypatch
 # ---- PyTorch's contracts
 
 
-def test_opcheck(backend):
-    for dtype, save, B in (
-        (torch.float32, True, 2),
-        (torch.bfloat16, True, 2),
-        (torch.float64, False, 2),
-        (torch.float32, True, 0),
-    ):
-        x, w, b, c = inputs(B, 5, 3, 7, 2, dtype=dtype, device=backend.device)
-        if not save:  # without the saved pre-activation there is no gradient
-            x, w, b, c = (v.detach() for v in (x, w, b, c))
-        torch.library.opcheck(backend.library.gated_conv.default, (x, w, b, c, 2, save, 0))
-        torch.library.opcheck(backend.library.gated_conv.default, (x, w, None, None, 2, save, 0))
-        dy, a = torch.ones(B, 7, 3).to(x), torch.ones(B, 7, 6).to(x)
-        torch.library.opcheck(
-            backend.library.gated_conv_backward.default, (dy, a, x.detach(), w.detach(), 2, 0)
-        )
+OPCHECKS = [(torch.float32, True, 2), (torch.bfloat16, True, 2), (torch.float64, False, 2)]
+OPCHECKS += [(torch.float32, True, 0)]  # dtype, save, B
+
+
+@pytest.mark.parametrize("case", thinned(OPCHECKS, every=4))
+def test_opcheck(backend, case):
+    dtype, save, B = case
+    x, w, b, c = inputs(B, 5, 3, 7, 2, dtype=dtype, device=backend.device)
+    if not save:  # without the saved pre-activation there is no gradient
+        x, w, b, c = (v.detach() for v in (x, w, b, c))
+    torch.library.opcheck(backend.library.gated_conv.default, (x, w, b, c, 2, save, 0))
+    torch.library.opcheck(backend.library.gated_conv.default, (x, w, None, None, 2, save, 0))
+    dy, a = torch.ones(B, 7, 3).to(x), torch.ones(B, 7, 6).to(x)
+    torch.library.opcheck(backend.library.gated_conv_backward.default, (dy, a, x.detach(), w.detach(), 2, 0))
 
 
 @pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
@@ -948,19 +952,20 @@ def test_thread_sanitizer_is_clean(on_cpus, tmp_path):
     assert code and "ThreadSanitizer: data race" in output
 
 
-@pytest.mark.slow  # the same again
+@pytest.mark.slow  # runs the tensor cores' kernels
 @needs_gxx
-def test_a_layer_is_few_launches(on_cpus, tmp_path):
+def test_a_layer_is_few_launches(driver):
     """Of the demo's layer, and of one with C = 256. Forward 1; backward: gate, dx, dw, one sum of all parts.
     Version 4 of the demo's layer: no gate."""
-    _, output = run_driver(compile_driver(tmp_path, flags=["-O0"]), "launches")
+    _, output = run_driver(driver, "launches")
     apart = [f"version {version}: 1 + 4 1 + 4" for version in (1, 2, 3)]
     assert output.splitlines() == [*apart, "version 4: 1 + 3 1 + 4", "version 5: 1 + 4 1 + 4"]
 
 
+@pytest.mark.slow  # compiles
 @needs_gxx
-def test_more_than_2_to_the_31_elements(on_cpus, tmp_path):
-    code, output = run_driver(compile_driver(tmp_path, flags=["-O0"]), "big")
+def test_more_than_2_to_the_31_elements(driver):
+    code, output = run_driver(driver, "big")
     if code == 2:
         pytest.skip(output.strip())
     assert code == 0 and output == "all right\n", output

@@ -47,25 +47,24 @@ def losses_of(trainer, steps):
     return losses
 
 
-def test_the_first_twenty_losses_of_the_demo_are_these_and_resuming_gives_the_same_tail(waves, tmp_path):
+def test_the_first_ten_losses_of_the_demo_are_these_and_resuming_gives_the_same_tail(waves, tmp_path):
     """Literals: any change of the model, its start, the batches, the noise or Adam shows here first. What
     was saved half way goes on to the last bit."""
     config = Config(noise=0.0022)
     whole = Trainer(config, Clips(waves), tmp_path, "cpu")
-    losses = losses_of(whole, 10)
+    losses = losses_of(whole, 5)
     whole.save_resume()
-    losses += losses_of(whole, 10)
+    losses += losses_of(whole, 5)
     assert losses == pytest.approx(LOSSES, abs=1e-4), losses
     rest = Trainer(config, Clips(waves), tmp_path, "cpu", read_checkpoint(tmp_path / "resume.pt"))
-    assert losses_of(rest, 10) == losses[10:]
+    assert losses_of(rest, 5) == losses[5:]
     for one, other in ((whole.flow, rest.flow), (whole.average, rest.average)):
         for name, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
 
 
 LOSSES = [-5.74943, -5.74974, -5.74148, -5.74533, -5.73964, -5.74633, -5.74191, -5.74567, -5.74233,
-          -5.73761, -5.73285, -5.73646, -5.74087, -5.7398, -5.73677, -5.73202, -5.74083, -5.737,
-          -5.73473, -5.73394]  # fmt: skip
+          -5.73761]  # fmt: skip
 
 
 # --- Damaged and hostile checkpoints
@@ -175,7 +174,7 @@ def hostile_tensors(tensor):
     yield from (tensor * float("nan"), tensor.to_sparse(), "x", torch.zeros(1).expand(tensor.shape or (1, 1)))
 
 
-@pytest.mark.parametrize("share", [0.2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_value_of_a_checkpoint_may_be_hostile(tmp_path, share):
     """Sealed files, one value each replaced or left out (without --slow a fifth of them). Either the file is
     refused in one line, or the face that it describes speaks; nothing else is raised, no memory is taken."""
