@@ -258,8 +258,9 @@ def test_output_and_all_gradients_equal_the_float64_reference(backend, number, d
     if not pytestconfig.getoption("--slow"):
         shapes = shapes[::3] + shapes[-2:]
     for i, (B, C, H, T, K, d, bias, cond) in enumerate(shapes):
-        if number == 5 and backend.device == "cpu" and i % 2 == (dtype == torch.float16):
-            continue  # emulated, it is slow: each shape in one of the two types
+        half, last = dtype == torch.float16, i >= len(shapes) - 2
+        if number == 5 and backend.device == "cpu" and ((i // 4 + i) % 3 != half and (half or not last)):
+            continue  # emulated, it is slow: a third of the shapes in each of the two types
         if number == 4 and (128 * (2 * (16 + (K - 1) * d) + 128 * K) > 99 * 1024 or B > 3):
             continue  # the tiles do not fit in shared memory: version 3 takes these (or too slow to emulate)
         tensors = inputs(B, C, H, T, K, bias, cond, dtype, backend.device)
@@ -980,7 +981,7 @@ def test_launches_use_the_stream_and_are_checked():
     assert not re.search(r"cudaMalloc|cudaFree|Synchronize\(|cudaMemcpy|printf|asm volatile\(\"bar", source)
 
 
-ARCHITECTURES = ("75", "80", "90", "90a", "120")  # 86 and 89 run what is made for 80
+ARCHITECTURES = ("75", "80", "90a", "120")  # 86 and 89 run what is made for 80; 90 is always 90a
 KERNELS = 86  # in gated_conv.cu and hopper.cu, each for its dtypes, tiles and widths
 
 

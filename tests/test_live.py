@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser
+from conftest import thinned
 
 import cli
 import talkingflow
@@ -93,7 +94,7 @@ def open_page(browser, pages, prior="ar2"):
 
 
 @pytest.mark.parametrize("level", [0, 0.02])
-@pytest.mark.parametrize("rate", [8000, 11025, 16000, 16001, 44100, 48000, 96000])
+@pytest.mark.parametrize("rate", thinned([48000, 11025, 44100, 16001, 8000, 16000, 96000], every=2))
 def test_the_page_hears_the_mel_of_python(browser, pages, flows, rate, level):
     mel, sound = flows["ar2"][1]["mel"] | {"level": level}, voice(2, rate)
     want = Mel(**mel, fps=25, sample_rate=rate).columns(sound)
