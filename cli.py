@@ -108,7 +108,8 @@ def measure_run(out, clips, device, found):
     write_atomically(out / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1)))
     print(report(figures))
     plot_losses(out, found)
-    print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample")
+    which = "" if Path(out).parent == Path("runs") else f" --checkpoint {out}/checkpoint.pt"
+    print(f"{out}/checkpoint.pt, log.jsonl, loss.png. Next: python talkingflow.py sample{which}")
 
 
 def configure(args, clips):
@@ -212,6 +213,13 @@ def find_checkpoint(args):
     return Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
 
 
+def warn_of_talkers(args, checkpoint, data):
+    """A note where the newest run knows invented talkers only, and a real voice is to be heard."""
+    if not args.checkpoint and all(source["extractor"] == "exact" for source in data["sources"]):
+        known = f"note: {checkpoint}, the newest run, knows synthetic talkers only"
+        print(f"{known}; for a real voice pass --checkpoint {WEIGHTS}", file=sys.stderr)
+
+
 def sample_name(args, checkpoint):
     """Where the samples go: a file with a suffix of WRITERS, or a folder of pictures, whose name has none."""
     folder = Path() if checkpoint == PRETRAINED else checkpoint.parent
@@ -269,6 +277,8 @@ def sample(args):
     flow, state = load_checkpoint(checkpoint, choose_device(args.device))
     data, faces = state["data"], args.num_samples
     out = sample_name(args, checkpoint)
+    if args.audio:
+        warn_of_talkers(args, checkpoint, data)
     how, their_box = manner(args)
     temperatures = [args.temperature]
     if out.suffix == ".html":  # the page can switch between them
@@ -297,7 +307,7 @@ def sample(args):
         write_pictures(out, tracks[0])
     frames, name = tracks[0].shape[1], known["name"]
     seconds = f"{frames} frames ({frames / data['fps']:.2f} s)"
-    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {seconds} for {name}")
+    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {seconds} for {name}, by {checkpoint}")
     return 0
 
 
@@ -305,7 +315,9 @@ def stream(args):
     """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
     from talkingflow import Talker, choose_device, load_checkpoint
 
-    flow, state = load_checkpoint(find_checkpoint(args), choose_device(args.device))
+    checkpoint = find_checkpoint(args)
+    flow, state = load_checkpoint(checkpoint, choose_device(args.device))
+    warn_of_talkers(args, checkpoint, state["data"])
     rate, rest = open_pcm(sys.stdin.buffer)
     if rate not in (None, args.rate):
         print(f"note: standard input: a wav file of {rate} Hz, taken instead of {args.rate}", file=sys.stderr)
@@ -334,12 +346,16 @@ def live(args):
 
     checkpoint, out = find_checkpoint(args), Path(args.out)
     flow, state = load_checkpoint(checkpoint)
+    if out.suffix != ".html":
+        raise UserError(f"{out}: suffix {out.suffix or 'missing'} vs .html. Change --out")
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists already vs a new file. Choose another --out, or --force")
+    warn_of_talkers(args, checkpoint, state["data"])
     clip = next(PRETRAINED.parent.glob("*.wav"), None)  # the sound that comes with this project
     page = state["config"], state["data"], arrays(flow), checkpoint.name, clip
     write_atomically(out, lambda path: write_live(path, *page))
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, all in one file. Open it in a browser and speak")
+    size = f"{out.stat().st_size / 1e6:.1f} MB"
+    print(f"{out}: {size}, all in one file, by {checkpoint}. Open it in a browser and speak")
     return 0
 
 
@@ -376,9 +392,9 @@ def shared_flags():
     voice.add_argument("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
     flag, scale = voice.add_argument, {"type": bounded(float, 0, 3), "default": 1.0, "metavar": "S"}
     temperature = {"type": bounded(float, 0, 10), "default": 1.0}
-    flag("--temperature", help="of the noise; 0: the central track [1]", **temperature)
-    flag("--head", help="motion of the head: 0 still, 1 as trained [1]", **scale)
-    flag("--lips", help="motion of the lips: 0 still, 1 as trained [1]", **scale)
+    flag("--temperature", help="of the noise, 0 to 10; 0: the central track [1]", **temperature)
+    flag("--head", help="motion of the head: 0 still, 1 as trained, up to 3 [1]", **scale)
+    flag("--lips", help="motion of the lips: 0 still, 1 as trained, up to 3 [1]", **scale)
     flag("--still", action="store_true", help="the same as --head 0")
     flag("--face", metavar="FILE", help="draw on this face: .npz, .npy, .csv or a picture")
     switch = {"action": argparse.BooleanOptionalAction, "default": True}
@@ -400,11 +416,11 @@ def sample_flags(flag):
     count, seed = bounded(int, 1, 64), bounded(int, 0, 2**62)
     flag("--audio", help="wav, flac, mp3, or a video whose sound is used [a held-out clip]")
     flag("--clip", help="name of a clip in the training folder [the first held-out one]")
-    flag("--num-samples", type=count, default=3, help="faces, each with its own noise [3]")
+    flag("--num-samples", type=count, default=3, help="faces, 1 to 64, each with its own noise [3]")
     flag("--seed", type=seed, default=0, help="of the first face; the next ones count up [0]")
     pictures = "a name that ends in /: a folder of landmark pictures for renderers"
     formats = f"file; the suffix is the format: {' '.join(WRITERS)}; {pictures}"
-    flag("--out", help=f"{formats} [sample.html beside the checkpoint]")
+    flag("--out", help=f"{formats} [sample.html beside the run's checkpoint, or here]")
     flag("--force", action="store_true", help="overwrite --out")
 
 

@@ -226,6 +226,22 @@ def test_a_name_that_ends_in_a_slash_is_a_folder_of_pictures(trained, tmp_path):
     assert run(folder, "sample", *flags, "--force").returncode == 0
 
 
+def test_weights_of_talkers_are_named_where_a_real_voice_is_to_be_heard(trained, tmp_path):
+    folder, printed = trained
+    assert printed.endswith("Next: python talkingflow.py sample\n")
+    weights = Path("runs") / "001-demo-talkers" / "checkpoint.pt"
+    note = f"note: {weights}, the newest run, knows synthetic talkers only; for a real voice pass"
+    wav = write_wav(tmp_path / "me.wav")
+    heard = run(folder, "sample", "--audio", wav, "--num-samples", 1, "--out", tmp_path / "a.npy")
+    assert note in heard.stderr and heard.stdout.endswith(f" for me.wav, by {weights}\n")
+    assert note in stream(folder, bytes(4000)).stderr
+    chosen = ["--checkpoint", weights, "--num-samples", 1]
+    heard = run(folder, "sample", "--audio", wav, *chosen, "--out", tmp_path / "b.npy")
+    assert heard.returncode == 0 and "talkers only" not in heard.stderr
+    assert "talkers only" not in run(folder, "sample", "--out", tmp_path / "c.npy").stderr
+    fails(run(folder, "live", "--out", tmp_path / "live.txt"), "suffix .txt vs .html")
+
+
 def test_the_page_of_synthetic_talkers_calls_nothing_recorded(trained, tmp_path):
     folder, _ = trained
     assert run(folder, "sample", "--temperature", 0.7, "--out", tmp_path / "a.html").returncode == 0
