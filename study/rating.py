@@ -50,8 +50,12 @@ def rating_page(args, open_windows, labels):
     page = {"set": digest, "fps": held.fps, "curves": CURVES, "sounds": sounds, "stimuli": stimuli}
     page |= {"checks": [2, 4], "questions": list(QUESTIONS.items()), "labels": SCALE}
     out, text = Path(args.out or folder / "rating.html"), filled(page)
-    console.write_atomically(out, lambda p: p.write_text(text))
     secret, answers = out.with_suffix(".key.json"), json.dumps({"set": digest, "stimuli": key}, indent=1)
+    if secret.exists() and read_key(secret)[0] != digest:
+        raise UserError(
+            f"{secret}: the key of another page, which its answers need, vs a new file. Choose another --out"
+        )
+    console.write_atomically(out, lambda p: p.write_text(text))
     console.write_atomically(secret, lambda p: p.write_text(answers))
     print(
         f"{out}: {len(stimuli)} stimuli ({len(names)} systems, {len(sounds)} clips), "

@@ -631,6 +631,11 @@ def test_the_rating_page_is_one_blind_file(evaluated, capsys):
     assert len(key["stimuli"]) == 9 and all(code in page for code in key["stimuli"])
     assert not re.search(r"https?://|late-5|mean-face|ground truth|__\w+__", page)
     assert "1:" not in page[page.index('"sounds"') :][:10] and str(evaluated) not in page
+    again = ["rating-page", "--results", str(evaluated), "--rows", "truth,late-5,mean-face", "--clips", "3"]
+    assert evaluate.main(again) == 0  # the same page
+    assert evaluate.main([*again, "--clips", "2"]) == 1  # another would take the key from answers collected
+    assert "the key of another page" in capsys.readouterr().err
+    (evaluated / "rating.key.json").unlink()
 
 
 def test_rating_results_give_the_known_means_and_leave_out_who_failed_a_check(evaluated, tmp_path, capsys):
