@@ -171,6 +171,8 @@ class Recording:
                     return lambda: plain_sound(path)
             except (soundfile.LibsndfileError, OSError, RuntimeError) as e:
                 why = str(e).split(": ")[-1]
+                if "No 'data' chunk" in why:
+                    why = "it ends before its samples begin: cut off?"
         if suffix in BARE:
             raise Skip(
                 "raw samples",
@@ -289,7 +291,7 @@ class MendedWav(io.FileIO):
             self.seek(at)
             name, size = struct.unpack("<4sI", self.read(8))
             after = at + 8 + size + size % 2
-            if name == b"fmt " and size >= 16:
+            if name == b"fmt " and size >= 16 and at + 24 <= end:
                 kind, channels, rate, bytes_a_second, step, bits = struct.unpack("<HHIIHH", self.read(16))
                 if kind == 1 and (step != channels * -(-bits // 8) or bytes_a_second != rate * step):
                     self.notes.append(
@@ -404,6 +406,10 @@ def open_pcm(stream):
         body = stream.read(min(struct.unpack("<I", chunk[4:])[0], 1 << 20))
         if chunk[:4] == b"fmt " and len(body) >= 16:
             channels, rate, bits = struct.unpack("<2xHI6xH", body[:16])
+    if chunk[:4] != b"data":
+        raise UserError(
+            "standard input: a wav that ends within its header vs 16-bit mono PCM. Export it again"
+        )
     if channels != 1 or bits != 16 or not 4000 <= rate <= 384000:
         raise UserError(
             f"standard input: a wav of {channels} channels of {bits} bits at {rate} Hz vs 16-bit mono PCM. "

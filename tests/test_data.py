@@ -821,6 +821,18 @@ def test_a_wav_with_chunks_after_its_samples_is_not_heard_beyond_them(tmp_path):
     assert len(hear(tmp_path / "a.wav")[0]) == len(voice())
 
 
+@pytest.mark.parametrize("length", [12, 20, 24, 30, 36])
+def test_a_wav_cut_within_its_header_is_one_clear_sentence(tmp_path, length):
+    write_wav(tmp_path / "a.wav", voice())
+    head = (tmp_path / "a.wav").read_bytes()[:length]
+    (tmp_path / "a.wav").write_bytes(head)
+    with pytest.raises(console.UserError, match="a.wav: unreadable sound .* vs a sound or video file. ") as e:
+        hear(tmp_path / "a.wav")
+    assert "ends before its samples begin" in str(e.value) or length == 20  # libsndfile: malformed
+    with pytest.raises(console.UserError, match="^standard input: a wav that ends within its header vs "):
+        sound_module.open_pcm(io.BytesIO(head))
+
+
 def test_a_header_that_contradicts_itself_is_noted(tmp_path):
     write_wav(tmp_path / "a.wav", voice())
     data = bytearray((tmp_path / "a.wav").read_bytes())
