@@ -138,7 +138,7 @@ def default_folder(n_mels=40):
 # Finding the sources: every file once, by name; nothing is opened yet
 
 LANDMARKS = (".npz", ".npy", ".csv")  # the first that is there counts
-# folders that are not people
+# folders that are not people: the one around them is
 CONTAINERS = {"video", "videos", "mpg", "mpg_vcd", "mpg_6000", "audio", "wav", "clips", "landmarks"}
 
 
@@ -182,13 +182,11 @@ def is_litter(name):
     return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
-def speaker_of(path, root):
-    """The folder a file lies in (s1/bbaf2n -> s1); for files right in SRC their own name without a number
-    (_003)."""
-    folders = [part for part in path.relative_to(root).parts[:-1] if part.lower() not in CONTAINERS]
-    if folders:
-        return folders[-1]
-    return root.name if re.fullmatch(r"s\d+", root.name) else re.sub(r"_\d+$", "", path.stem)
+def speaker_of(path):
+    """The folder that a file lies in, whatever SRC is: s1/bbaf2n.npz and s1/video/bbaf2n.mpg -> s1."""
+    folder = Path(os.path.abspath(path)).parent
+    names = [part for part in folder.parts[1:] if part.lower() not in CONTAINERS]
+    return names[-1] if names else folder.name
 
 
 class Neighbours:
@@ -227,7 +225,7 @@ def find_sources(args):
             if not path.is_file():
                 leftovers.append(Leftover(path, "unreadable file", "a link to nowhere, or no plain file"))
             elif path == ready or (suffix in VIDEOS and not ready):
-                speaker = speaker_of(Path(os.path.abspath(path)), Path(os.path.abspath(root)))
+                speaker = speaker_of(path)
                 if args.speakers and speaker not in args.speakers:
                     leftovers.append(Leftover(path, "not in --speakers", speaker, skipped=False))
                     continue
@@ -665,7 +663,9 @@ def parser():
     add("--fps", type=frame_rate, default=25,
         help="frame rate of the folder, and of .npy landmarks beside a sound: these have none [%(default)g]")
     add("--audio-dir", metavar="DIR", help="where NAME.wav or SPEAKER/NAME.wav lies if not beside NAME")
-    add("--speakers", type=comma_list, default=[], metavar="A,B", help="only these (a speaker is a folder)")
+    add("--speakers", type=comma_list, default=[], metavar="A,B",
+        help="only these (the speaker of a file is the folder it lies in; of video/, clips/ and the like the "
+             "one around it)")
     add("--test-speakers", type=comma_list, default=[], metavar="A,B", help="hold these out as the test set")
     add("--limit", type=int, metavar="N", help="only the first N sources")
     add("--min-seconds", type=float, default=1.0, metavar="S", help="leave out shorter clips [1]")

@@ -439,6 +439,23 @@ def test_splits_hold_out_whole_sources_and_do_not_depend_on_their_order(tmp_path
     assert err == "error: --test-speakers: s9 vs s0, s1, s2. Name some of these\n"
 
 
+def test_a_speaker_is_the_folder_that_the_files_lie_in(tmp_path, monkeypatch):
+    def speakers(*args):
+        out = tmp_path / "out"
+        prepare(*args, "--out", out, "--force")
+        return {clip["name"]: clip["speaker"] for clip in load(out)[0]["clips"]}
+
+    for i, name in enumerate(["my_clips/a", "my_clips/b", "my_clips/c_001", "grid/s1/a", "grid/s26/clips/b"]):
+        write_clip(tmp_path / f"{name}.npz", seed=i)
+    flat = dict.fromkeys(["a", "b", "c_001"], "my_clips")
+    assert speakers(tmp_path / "my_clips", "--test-speakers", "my_clips") == flat
+    assert speakers(*(tmp_path / f"my_clips/{name}.npz" for name in flat)) == flat
+    assert speakers(tmp_path / "grid") == {"s1/a": "s1", "s26/clips/b": "s26"}
+    assert speakers(tmp_path / "grid/s1", tmp_path / "grid/s26/clips") == {"a": "s1", "b": "s26"}
+    monkeypatch.chdir(tmp_path / "my_clips")
+    assert speakers(".") == flat
+
+
 def test_one_long_recording_is_cut_and_its_last_pieces_are_held_out(tmp_path):
     points, times, sound = speech(130)
     write_clip(tmp_path / "in/talk.npz", landmarks=points, pts=times, audio=sound)
