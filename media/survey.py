@@ -16,7 +16,7 @@ LAGS = range(-3, 4)  # frames by which the sound is taken as late
 class Survey:
     """Measured on at most 1,000 clips of a folder."""
 
-    interocular: float  # distance of the eyes' centres in the training clips, face boxes
+    interocular: float  # distance of the eyes' centres in the training clips (none: in all), face boxes
     jitter: (
         float  # median distance of a point from the middle of its neighbours in time, interocular distances
     )
@@ -45,14 +45,16 @@ def survey(out, fps, fmax, clips):
     names = ("landmarks", "audio")
     landmarks, audio = (np.load(Path(out) / f"{name}.npy", mmap_mode="r") for name in names)
     widths, jitter, own, other, moved, dull, energy = [], [], [], [], np.zeros(136, bool), 0, None
-    for clip in clips[:: -(-len(clips) // 1000)]:
+    chosen = clips[:: -(-len(clips) // 1000)]
+    training = any(clip.split == "train" for clip in chosen)
+    for clip in chosen:
         rows = slice(clip.start, clip.start + clip.frames)
         x = np.array(landmarks[rows]).reshape(-1, 68, 2)
         sound = audio[clip.audio_start : clip.audio_start + clip.audio_samples].astype(np.float32) / 32768
         moved |= (x != x[0]).reshape(-1, 136).any(0)
         dull += share_above(0.85 * fmax, sound) < 1e-6  # of speech 1e-4 and more, of rounding 1e-9
         width = np.median(interocular(x))
-        if clip.split == "train":
+        if clip.split == "train" or not training:
             eyes = x[:, 36:42].mean(1) - x[:, 42:48].mean(1)  # their centres, not the outer corners
             widths.append(np.median(np.linalg.norm(eyes, axis=-1)))
         if len(x) > 2:

@@ -449,6 +449,7 @@ def test_a_speaker_is_the_folder_that_the_files_lie_in(tmp_path, monkeypatch):
         write_clip(tmp_path / f"{name}.npz", seed=i)
     flat = dict.fromkeys(["a", "b", "c_001"], "my_clips")
     assert speakers(tmp_path / "my_clips", "--test-speakers", "my_clips") == flat
+    assert 0.1 < load(tmp_path / "out")[0]["interocular"] < 1  # of no training clip: of all
     assert speakers(*(tmp_path / f"my_clips/{name}.npz" for name in flat)) == flat
     assert speakers(tmp_path / "grid") == {"s1/a": "s1", "s26/clips/b": "s26"}
     assert speakers(tmp_path / "grid/s1", tmp_path / "grid/s26/clips") == {"a": "s1", "b": "s26"}
