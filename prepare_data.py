@@ -569,7 +569,7 @@ def finish(args, settings, entries, leftovers, writer):
         give_up(args, entries, skipped, kept=writer.rows()["landmarks"])
     assign_splits(clips, args.test_speakers)
     found = survey(out, fps, settings.mel["fmax"], clips)
-    describe(found, clips, entries)
+    describe(found, clips, entries, moved=args.audio_offset != "0")
     meta = meta_of(fps, settings.mel, normalisation="face box", skipped=dict(reasons))
     meta |= {"defaults": {"lead": 2, "noise": 0.0022, "tilt": 1.5}, "interocular": found.interocular}
     meta["audio_offset"] = found.late if args.audio_offset == "auto" else int(args.audio_offset)
@@ -585,8 +585,8 @@ def finish(args, settings, entries, leftovers, writer):
     return f"{last_line(clips, fps)}, {skipped}"
 
 
-def describe(found, clips, entries):
-    """Print what a folder is like. found: its Survey."""
+def describe(found, clips, entries, moved):
+    """Print what a folder is like. found: its Survey; moved: whether the sound is moved already."""
     counts = ", ".join(f"{sum(clip.split == split for clip in clips)} {split}" for split in SPLITS)
     frames, missing = sum(entry.frames for entry in entries), sum(entry.missing for entry in entries)
     print(
@@ -594,7 +594,7 @@ def describe(found, clips, entries):
         f"without a face; jitter {100 * found.jitter:.2f} % of the interocular distance"
     )
     print(found)
-    for warning in warnings_about(found, clips):
+    for warning in warnings_about(found, clips, moved):
         print(f"warning: {warning}")
     noted = [entry for entry in entries if entry.notes]
     if noted:

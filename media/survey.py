@@ -9,7 +9,8 @@ import numpy as np
 from media.landmarks import interocular
 from media.sound import SAMPLE_RATE
 
-LAGS = range(-3, 4)  # frames by which the sound is taken as late
+# frames by which the sound is taken as late; from 6 on a voice's syllables fit the mouth's next ones as well
+LAGS = range(-3, 4)
 
 
 @dataclass
@@ -98,17 +99,20 @@ def lagged(opening, energy, lag):
     return float(np.corrcoef(opening[t], energy[t + lag])[0, 1])
 
 
-def warnings_about(found, clips):
-    """What the user of a folder should know of before training. found: its Survey."""
+def warnings_about(found, clips, moved):
+    """What the user of a folder should know of before training. found: its Survey; moved: whether the sound
+    is moved already."""
     long_enough = found.frames >= 500  # a sentence or two can do anything
     if long_enough and np.nanmax(found.correlation, initial=-1) < max(
         0.15, np.nan_to_num(found.chance) + 0.03
     ):
         yield "the mouths do not follow this sound: is it the right sound for these faces?"
     elif long_enough and abs(found.late) >= 2:
+        more = " or more" * (found.late in (LAGS[0], LAGS[-1]))
         yield (
-            f"the sound seems {abs(found.late)} frames {'late' if found.late > 0 else 'early'}. "
-            f"The same command with --audio-offset {found.late} moves it, without reading anything again"
+            f"the sound seems {abs(found.late)} frames {'late' if found.late > 0 else 'early'}{more}"
+            + f". The same command with --audio-offset {found.late} moves it, without reading anything again"
+            * (not moved)
         )
     if found.dull:
         yield (

@@ -608,7 +608,10 @@ def test_late_sound_is_measured_and_moved_on_request(tmp_path):
         write_clip(tmp_path / f"in/clip{i}.npz", landmarks=points, pts=times, audio=late)
         write_clip(tmp_path / f"right/clip{i}.npz", landmarks=points, pts=times, audio=sound)
     out, _ = prepare(tmp_path / "in", "--out", tmp_path / "late")
-    assert "4 frames late" in out or "3 frames late" in out, out
+    assert "the sound seems 3 frames late or more. The same command with --audio-offset 3 moves it" in out
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "late", "--audio-offset", "auto")
+    assert "the sound seems 3 frames late or more\nsound moved by 3 frames" in out
+    prepare(tmp_path / "in", "--out", tmp_path / "late")
     right = (
         load(tmp_path / "right.out")[1]
         if prepare(tmp_path / "right", "--out", tmp_path / "right.out")
