@@ -502,6 +502,8 @@ def prepare(args):
     settings = settings_of(args, len(sources))
     videos = any(source.is_video() for source in sources)
     reader = Reader(settings, find_model(args.extractor, args.model) if videos else None, debug=args.debug)
+    if args.preview and not videos:
+        print("note: --preview: no video among the sources, so there is no frame to draw over")
     reader.preview = os.path.join(args.out, "preview") if args.preview else ""
     sources = list(split_long(sources))
     journal = Journal(args.out, settings, args.force)
@@ -675,7 +677,8 @@ def parser():
     add("--extractor", choices=EXTRACTORS, default="mediapipe", help="finds landmarks in videos [mediapipe]")
     add("--model", metavar="FILE", help="its model, if not in its usual place")
     add("--jobs", type=int, metavar="N", help="processes that read videos [one a core]")
-    add("--preview", action="store_true", help="draw the landmarks found over frames: OUT/preview/NAME.png")
+    add("--preview", action="store_true",
+        help="of videos: draw the landmarks found over frames, OUT/preview/NAME.png")
     add("--audio-offset", default="0", metavar="N|auto",
         help="pair each frame with the sound of N frames later, if late; auto: as measured [0]")
     add("--n-mels", type=int, default=40, help="mel bands [%(default)s]")

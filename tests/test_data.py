@@ -418,6 +418,13 @@ def test_stereo_and_8_khz_and_too_loud_sound_is_taken(tmp_path):
     assert np.corrcoef(clips["low"], clips["plain"])[0, 1] > 0.9 and np.abs(clips["loud"]).max() > 32000
 
 
+def test_a_preview_of_landmarks_without_pictures_is_told_to_be_none(tmp_path):
+    write_clip(tmp_path / "in/a.npz")
+    out, _ = prepare(tmp_path / "in", "--out", tmp_path / "out", "--preview")
+    assert out.startswith("note: --preview: no video among the sources") and "0 skipped" in out
+    assert "--preview" not in prepare(tmp_path / "in", "--out", tmp_path / "out")[0]
+
+
 def test_splits_hold_out_whole_sources_and_do_not_depend_on_their_order(tmp_path):
     for i in range(12):
         write_clip(tmp_path / f"in/s{i % 3}/clip{i}.npz", seed=i)
