@@ -1,5 +1,6 @@
 """Ready-made landmarks and their sound: .npz, .npy and OpenFace .csv files -> a Take."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,15 +90,28 @@ def read_ready(source, fps):
     return Take(points, times, sound, begin, wh, **({"source": source.name} | track.about), notes=notes)
 
 
+@contextlib.contextmanager
+def numbers_only():
+    """Arrays of Python objects, which only pickle could load, are refused in words of ours."""
+    try:
+        yield
+    except ValueError as e:
+        if "Python objects in dtype" in str(e) or "Object arrays" in str(e):  # numpy has no class for it
+            detail = "Python objects inside. Save numbers (frames, 68, 2), NaN where no face is"
+            raise Skip("unreadable landmarks", detail) from None
+        raise
+
+
 def read_npy(path):
     """Bare points."""
-    return Track(np.load(path, mmap_mode="r", allow_pickle=False))
+    with numbers_only():
+        return Track(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def read_npz(path):
     """Our own clips: landmarks, and if they are there pts or fps, wh, audio and sr, source, licence,
     extractor."""
-    with np.load(path, allow_pickle=False) as z:
+    with numbers_only(), np.load(path, allow_pickle=False) as z:
         track = Track(z["landmarks"])
         track.about = {key: str(z[key]) for key in ("source", "licence", "extractor") if key in z}
         if "wh" in z:

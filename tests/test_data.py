@@ -380,6 +380,15 @@ def test_a_broken_file_is_skipped_and_counted(tmp_path, name, content, reason):
     assert reason_of(tmp_path / "in", tmp_path) == f"{reason}: 1)"
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_arrays_of_objects_are_refused_in_plain_words(tmp_path, suffix):
+    faces = np.array([speech()[0][0], None], object)
+    np.save(tmp_path / "a.npy", faces)
+    np.savez(tmp_path / "a.npz", landmarks=faces, fps=25)
+    with pytest.raises(console.Skip, match="^unreadable landmarks: Python objects inside. Save numbers "):
+        read_ready(Source("a", str(tmp_path / f"a{suffix}")), 25)
+
+
 def test_a_broken_wav_and_a_wrong_frame_rate_are_named(tmp_path):
     points, _, sound = speech()
     for name, data in (("zero", b""), ("text", b"hello"), ("short", None)):
