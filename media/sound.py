@@ -126,6 +126,8 @@ SOUNDS = tuple(
 )
 BARE = (".raw", ".pcm", ".s16", ".sln")  # samples and nothing else
 BLOCK = 1 << 18  # samples decoded at a time
+STREAMED = 0x7FFF0000  # a wav that names more bytes than this was written to a pipe: nobody knew its length
+CUT = "cut off"  # how the note of a wav begins that ends before its header says
 
 
 class Recording:
@@ -299,6 +301,9 @@ class MendedWav(io.FileIO):
                         f"but {step} bytes a step, {bytes_a_second} a second)"
                     )
             if name == b"data":
+                there = end - at - 8
+                if there < size < STREAMED:
+                    self.notes.append(f"{CUT}: {there:,} of the {size:,} bytes of its sound are there")
                 self.seek(after)
                 following = self.read(8)  # another chunk, or samples?
                 self.seek(0)

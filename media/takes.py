@@ -9,7 +9,7 @@ import numpy as np
 from media.console import Skip
 from media.container import VIDEOS, WHOLE, picture_times
 from media.landmarks import arrange, interocular
-from media.sound import SAMPLE_RATE, clean_sound, load_sound
+from media.sound import CUT, SAMPLE_RATE, clean_sound, load_sound
 
 RATES = (10, 12, 12.5, 15, 20, 23.976, 24, 25, 29.97, 30, 48, 50, 59.94, 60, 100, 119.88, 120)  # of cameras
 
@@ -83,7 +83,8 @@ def read_ready(source, fps):
     else:
         raise Skip("landmarks without sound", f"no {path.stem}.wav beside it")
     if times is None:
-        check_length(len(points), begin + len(sound) / SAMPLE_RATE, fps)
+        cut = next((f"{Path(source.sound).name}: {note}" for note in notes if note.startswith(CUT + ":")), "")
+        check_length(len(points), begin + len(sound) / SAMPLE_RATE, fps, cut)
         times = np.arange(len(points)) / fps
     times = check_times(times, len(points))
     points, wh = to_pixels(points, wh, pixel)
@@ -171,9 +172,9 @@ def on_the_clock_of(video, track):
     return track.times + shown[0] * counted_from_there, size, pixel
 
 
-def check_length(frames, seconds, fps):
+def check_length(frames, seconds, fps, cut):
     """Bare points have no times: do frames at fps last as long as their sound? Another rate shows in the
-    length."""
+    length. cut: the note of a sound file that was cut off, or ""."""
     off = abs(frames / fps - seconds)
     fits = [rate for rate in RATES if abs(frames / rate - seconds) < min(off, 1 / rate)]
     fits.sort(key=lambda rate: abs(frames / rate - seconds))
@@ -182,6 +183,7 @@ def check_length(frames, seconds, fps):
     close = [rate for rate in fits if abs(rate / fps - 1) < 0.01 and abs(frames / rate - end) > 0.01]
     if off > allowed or close:
         hint = f"{(close or fits)[0]:g} frames a second would fit" if fits else "another frame rate?"
+        hint = cut or hint
         raise Skip(
             "length of landmarks and sound differ",
             f"{frames} frames at --fps {fps:g} = {frames / fps:.2f} s vs {seconds:.2f} s: {hint}",

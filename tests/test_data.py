@@ -851,6 +851,24 @@ def test_a_wav_whose_header_lies_about_its_size_is_heard_whole(tmp_path, name, a
     assert np.abs(hear(tmp_path / "a.wav")[0] - voice()).max() < 1e-4
 
 
+def test_a_wav_that_was_cut_off_is_noted_and_named_as_the_reason(tmp_path):
+    points, _, sound = speech()
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/a.npy", points)
+    write_wav(tmp_path / "in/a.wav", sound)
+    assert not hear(tmp_path / "in/a.wav")[2]
+    data = (tmp_path / "in/a.wav").read_bytes()
+    (tmp_path / "in/a.wav").write_bytes(data[: 44 + 40000])
+    note = "a.wav: cut off: 40,000 of the 96,000 bytes of its sound are there"
+    heard, _, said = hear(tmp_path / "in/a.wav")
+    assert said == f"note: {note}\n" and np.array_equal(heard, sound[:20000].astype(np.float32) / 32768)
+    _, err = prepare(tmp_path / "in", "--out", tmp_path / "out", rc=1)
+    assert f"75 frames at --fps 25 = 3.00 s vs 1.25 s: {note} " in err and "rate" not in err, err
+    for size in (0, 0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000):  # a recorder's that was killed, those of pipes
+        (tmp_path / "in/a.wav").write_bytes(data[:40] + size.to_bytes(4, "little") + data[44:])
+        assert not hear(tmp_path / "in/a.wav")[2]
+
+
 def test_a_wav_with_chunks_after_its_samples_is_not_heard_beyond_them(tmp_path):
     write_wav(tmp_path / "a.wav", voice())
     with open(tmp_path / "a.wav", "ab") as f:
