@@ -123,4 +123,6 @@ def warnings_about(found, clips, moved):
         first = int((~found.moved).argmax())
         yield f"{(~found.moved).sum()} coordinates never change, the first is {'xy'[first % 2]}_{first // 2}"
     if not all(any(clip.split == split for clip in clips) for split in ("train", "val")):
-        yield f"{len(clips)} clips are too few to hold some out: training needs 3 or more"
+        rest = sum(clip.split != "test" for clip in clips)
+        beside = " beside the test set" * (rest < len(clips))
+        yield f"{rest} clips{beside} are too few to hold some out: training needs 3 or more"

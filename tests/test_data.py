@@ -458,13 +458,14 @@ def test_splits_hold_out_whole_sources_and_do_not_depend_on_their_order(tmp_path
 def test_a_speaker_is_the_folder_that_the_files_lie_in(tmp_path, monkeypatch):
     def speakers(*args):
         out = tmp_path / "out"
-        prepare(*args, "--out", out, "--force")
+        said.append(prepare(*args, "--out", out, "--force")[0])
         return {clip["name"]: clip["speaker"] for clip in load(out)[0]["clips"]}
 
     for i, name in enumerate(["my_clips/a", "my_clips/b", "my_clips/c_001", "grid/s1/a", "grid/s26/clips/b"]):
         write_clip(tmp_path / f"{name}.npz", seed=i)
-    flat = dict.fromkeys(["a", "b", "c_001"], "my_clips")
+    said, flat = [], dict.fromkeys(["a", "b", "c_001"], "my_clips")
     assert speakers(tmp_path / "my_clips", "--test-speakers", "my_clips") == flat
+    assert "warning: 0 clips beside the test set are too few to hold some out" in said[0]
     assert 0.1 < load(tmp_path / "out")[0]["interocular"] < 1  # of no training clip: of all
     assert speakers(*(tmp_path / f"my_clips/{name}.npz" for name in flat)) == flat
     assert speakers(tmp_path / "grid") == {"s1/a": "s1", "s26/clips/b": "s26"}
