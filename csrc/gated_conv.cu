@@ -69,9 +69,9 @@ template <class T, int N> struct alignas(N * sizeof(T)) Pack {  // read or writt
 };
 template <class T> constexpr int WIDE = 16 / sizeof(T);  // the widest access a GPU has: 16 bytes
 
-// exp may overflow to inf: 1 / inf = 0 is right. What is stored in 16 bits is rounded at 2^-9 or 2^-12, so there the GPU's
-// own exp2 and reciprocal do, right to 2^-22: few instructions and, above all, no branch, so that the next gate does not
-// wait for this one. (With tanhf and expf, which branch, the gates took as long as the products.)
+// exp may overflow to inf: 1 / inf = 0 is right. What is stored in 16 bits is rounded at 2^-9 or 2^-12, so there the
+// GPU's own exp2 and reciprocal do, right to 2^-22: few instructions and, above all, no branch, so that the next gate
+// does not wait for this one. (With tanhf and expf, which branch, the gates took as long as the products.)
 template <class T> __device__ inline Sum<T> sigmoid(Sum<T> a) {
     if constexpr (IS_16_BIT<T>) return reciprocal(1.0f + exp2_fast(-1.44269504f * a));
     else return 1 / (1 + exp(-a));
@@ -166,8 +166,8 @@ __device__ inline void gate_gradient(Pack<T, V>& value, Pack<T, V>& gate, const 
 // A block of 256 threads: `lanes` (blockDim.x) groups of V neighbouring channels x 256 / lanes frames at a time, over a
 // run of GATE_RUN such steps. It writes da, which is dcond too, and its part of dbias: sums of da over its frames,
 // first in a thread, then over the block's threads in their order. Grid: x = runs of frames, y = groups of channels.
-// Global per (b, t, c): 3 values read, 2 written, for about 40 instructions: bound by memory, so the loads of GATE_BATCH
-// steps are under way before the first is used.
+// Global per (b, t, c): 3 values read, 2 written, for about 40 instructions: bound by memory, so the loads of
+// GATE_BATCH steps are under way before the first is used.
 constexpr int GATE_THREADS = 256, GATE_RUN = 4, GATE_BATCH = 2;
 template <class T, int V>
 __global__ void __launch_bounds__(GATE_THREADS, 3)
@@ -219,10 +219,10 @@ __global__ void __launch_bounds__(GATE_THREADS, 3)
     }
 }
 
-// out[i] = parts[0, i] + parts[1, i] + ...: always in one order, of dw and dbias in one launch. A block of 256 threads owns
-// OWN outputs for each of its LANES, so that many loads are under way; of its 256 / LANES rows each adds every so
-// manieth part, then one thread adds the rows. Grid: x = blocks of dbias, whose many parts want many rows, then of dw.
-constexpr int OWN = 8, FEW_LANES = 8, LANES = 32;
+// out[i] = parts[0, i] + parts[1, i] + ...: always in one order, of dw and dbias in one launch. A block has ROWS rows
+// of LANES threads, 256 in all. A thread adds every ROWS-th part of OWN outputs, so that many loads are under way; then
+// one thread adds the rows. Grid: x = blocks of dbias, whose many parts want many rows, then of dw.
+constexpr int OWN = 8, FEW_LANES = 8, MANY_LANES = 32;
 template <class T> struct Parts {
     const Sum<T>* parts;  // (count, size)
     int count;
@@ -253,7 +253,7 @@ template <class T, int LANES> __device__ inline void sum_block(const Parts<T>& o
 }
 template <class T> __global__ void __launch_bounds__(256) sum_parts(Parts<T> dbias, Parts<T> dw, int of_dbias) {
     if ((int)blockIdx.x < of_dbias) sum_block<T, FEW_LANES>(dbias, blockIdx.x);
-    else sum_block<T, LANES>(dw, blockIdx.x - of_dbias);
+    else sum_block<T, MANY_LANES>(dw, blockIdx.x - of_dbias);
 }
 
 // ==== Version 2: a tile in shared memory =============================================================================
@@ -515,7 +515,8 @@ inline int dw_splits(const Layer& n, long long tiles, int depth) {
     return (int)(chunks < 1 ? 1 : chunks < wanted ? chunks : wanted);
 }
 
-// This block's run, blockIdx.y of `splits`. In 32 bits (check() sees to it): a GPU divides 64 in a hundred instructions.
+// This block's run, blockIdx.y of `splits`. In 32 bits (check() sees to it): to divide 64, a GPU takes a hundred
+// instructions.
 struct Run {
     int first, end;
     __device__ Run(int chunks, int splits) {
@@ -597,8 +598,9 @@ constexpr int DEPTH4 = 32, SLOTS = 2, PAIRS4 = 64, CHANNELS4 = 64;
 __device__ inline int swizzle32(int row, int piece) { return row * 32 + (piece ^ (row >> 1 & 3)) * 8; }
 __device__ inline int swizzle64(int row, int piece) { return row * 64 + (piece ^ (row & 7)) * 8; }
 
-// One piece to shared memory: `valid` (of 8) elements, zeros behind them; nothing is read where that is 0 or less. unit:
-// the bytes all rows are aligned to. A thread copies the same piece of every so many rows: little is left to compute.
+// One piece to shared memory: `valid` (of 8) elements, zeros behind them; nothing is read where that is 0 or less.
+// unit: the bytes all rows are aligned to. A thread copies the same piece of one row after the other: little is left to
+// compute.
 template <class T> __device__ inline void copy_piece(T* to, const T* from, int valid, int unit) {
     valid = valid < 0 ? 0 : valid > 8 ? 8 : valid;
     if (unit == 16) return copy_async<16>(to, from, valid * 2);
@@ -669,8 +671,8 @@ template <class T, int M, bool WIDE> __global__ void __launch_bounds__(THREADS, 
 #pragma unroll
             for (int i = 0; i < 2 * PAIRS4 / 32; ++i) {
                 const int c = c0 + i / 2 * 32 + channel_of(own), o = c + i % 2 * n.H;
-                copy_piece(ws + swizzle32(k * 2 * PAIRS4 + i * 32 + own, piece), w + (long long)(o * n.K + k) * n.C + d0,
-                           c < n.H ? n.C - d0 : 0, unit_w);
+                copy_piece(ws + swizzle32(k * 2 * PAIRS4 + i * 32 + own, piece),
+                           w + (long long)(o * n.K + k) * n.C + d0, c < n.H ? n.C - d0 : 0, unit_w);
             }
         }
     };
@@ -1196,8 +1198,8 @@ static const char* run_backward(int version, const Layer& n, const T* dy, const 
     const long long weights = version < 3 ? 0 : 2LL * n.H * n.K * n.C;  // versions 1 and 2 have no parts of dw
     const Parts<T> for_dbias{of_dbias, runs, 2LL * n.H, dbias}, for_dw{of_dw, splits_of(version, n), weights, dw};
     const int blocks = (int)ceil_div(2 * n.H, OWN * FEW_LANES);
-    LAUNCH(sum_parts<T>, dim3((unsigned)(blocks + ceil_div(weights, OWN * LANES))), dim3(256), 256 * OWN * sizeof(Sum<T>),
-           stream, for_dbias, for_dw, blocks);
+    LAUNCH(sum_parts<T>, dim3((unsigned)(blocks + ceil_div(weights, OWN * MANY_LANES))), dim3(256),
+           256 * OWN * sizeof(Sum<T>), stream, for_dbias, for_dw, blocks);
     return nullptr;
 }
 

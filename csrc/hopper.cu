@@ -317,8 +317,8 @@ inline bool fits_v5(const Layer& n) {
            n.cond_row % 8 == 0;
 }
 // Is it worth it? On an H100 from two items of 64 frames on where H is 128 or more; where H is 64, from 48 blocks on
-// (32: 25.0 us of training against version 4's 24.4; 64: 28.7 against 33.0); where most of what its blocks compute would
-// be thrown away, not (by reckoning).
+// (32: 25.0 us of training against version 4's 24.4; 64: 28.7 against 33.0); where most of what its blocks compute
+// would be thrown away, not (by reckoning).
 inline bool is_worth_v5(const Layer& n) {
     const long long frames = ceil_div(n.T, times_v5(n)) * times_v5(n) * ceil_div(n.B, ITEMS) * ITEMS,
                     channels = ceil_div(n.H, CHANNELS5) * CHANNELS5;
