@@ -1,7 +1,5 @@
 """The recursion of the prior, r_t = a1 r_{t-1} + a2 r_{t-2} + e_t, on a GPU."""
 
-import torch.nn.functional as F
-
 
 def by_doubling(e, a1, a2, before, before2):
     """`talkingflow.frame_by_frame` in log2(T) rounds: T small launches would take longer than all else. With
@@ -14,8 +12,8 @@ def by_doubling(e, a1, a2, before, before2):
         e[:, 1] += a2 * before
     lag = 1
     while lag < e.shape[1]:
-        late = F.pad(e, (0, 0, lag, 0))[:, : e.shape[1]]
-        later = F.pad(e, (0, 0, 2 * lag, 0))[:, : e.shape[1]]
-        e = e + a1 * late - a2 * later
-        a1, a2, lag = a1**2 + 2 * a2, -(a2**2), 2 * lag
+        r = e.clone()
+        r[:, lag:].addcmul_(a1, e[:, :-lag])
+        r[:, 2 * lag :].addcmul_(a2, e[:, : -2 * lag], value=-1)  # nothing, where that is beyond the end
+        e, a1, a2, lag = r, a1**2 + 2 * a2, -(a2**2), 2 * lag
     return e.to(dtype)
