@@ -761,5 +761,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # as gentle as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as gentle as Ctrl-C
     sys.exit(main())
