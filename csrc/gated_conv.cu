@@ -682,13 +682,14 @@ template <class T, int M, bool WIDE> __global__ void __launch_bounds__(THREADS, 
     load_stage(0);
     // The sums start at bias + cond, which arrive with the first stage: no load is left for the end.
     float sum[M][8][4];  // (16 frames, 8 rows of weights: 4 of values, 4 of gates, element of D)
+    const T* const first_cond = cond + (to.item + frame(0, 0)) * n.cond_row + c;
     Pack<T, 8> own[2] = {};
     if (bias) read8<false>(own[0], bias + c, count), read8<false>(own[1], bias + n.H + c, count);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
-            const T* const from = cond + (to.item + frame(m, e)) * n.cond_row + c;
+            const T* const from = first_cond + (16 * m + e * 4) * n.cond_row;
             Pack<T, 8> value = {}, gate = {};
             if (cond && frame(m, e) < n.T) read8<WIDE>(value, from, count), read8<WIDE>(gate, from + n.H, count);
 #pragma unroll
