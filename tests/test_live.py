@@ -130,7 +130,7 @@ def seeded_noise(frames, faces):
     return np.stack([torch.randn(frames, 144, generator=g)[:, :136] for g in generators], 1)  # in sixteens
 
 
-@pytest.mark.parametrize("denoise", [False, True])
+@pytest.mark.parametrize("denoise", thinned([True, False], every=2))
 @pytest.mark.parametrize("prior", ["ar2", "iid"])
 def test_the_page_draws_the_faces_of_the_stream(browser, pages, flows, prior, denoise):
     flow, data = flows[prior]
@@ -143,7 +143,7 @@ def test_the_page_draws_the_faces_of_the_stream(browser, pages, flows, prior, de
     assert np.abs(got - want).max() < 1e-3 * data["interocular"]
 
 
-@pytest.mark.parametrize("head, lips", [(0.0, 1.0), (1.3, 0.4)])
+@pytest.mark.parametrize("head, lips", [(1.3, 0.4), pytest.param(0.0, 1.0, marks=pytest.mark.slow)])
 def test_the_sliders_steer_as_the_flags_do(browser, pages, flows, head, lips):
     flow, data = flows["ar2"]
     sound, how = voice(4, 44100), {"denoise": True, "head": head, "lips": lips}
@@ -207,7 +207,7 @@ def server(pages):
         server.shutdown()
 
 
-@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("served", thinned([False, True], every=2))
 def test_a_microphone_moves_the_lips(browser, pages, server, served):
     if served:
         browser.open(f"http://localhost:{server}/ar2.html")
