@@ -213,9 +213,14 @@ def find_checkpoint(args):
     return Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
 
 
+def invented(data):
+    """Whether all that a model has seen are synthetic talkers."""
+    return all(source["extractor"] == "exact" for source in data["sources"])
+
+
 def warn_of_talkers(args, checkpoint, data):
     """A note where the newest run knows invented talkers only, and a real voice is to be heard."""
-    if not args.checkpoint and all(source["extractor"] == "exact" for source in data["sources"]):
+    if not args.checkpoint and invented(data):
         known = f"note: {checkpoint}, the newest run, knows synthetic talkers only"
         print(f"{known}; for a real voice pass --checkpoint {WEIGHTS}", file=sys.stderr)
 
@@ -262,7 +267,7 @@ def utterance(args, checkpoint, data, talkers):
         tracks, sound, rate = speak_sound(audio, blocks, data, talkers)
         return tracks, known | {"name": Path(audio).name, "sound": sound, "rate": rate}
     clip, truth, mel, sound, rate = held_out(data, args.clip)
-    if all(source["extractor"] == "exact" for source in data["sources"]):
+    if invented(data):
         known["label"] = "synthetic talker's own face"
     tracks = [np.concatenate([t.speak(np.array(mel)), t.finish()], 1) for t in talkers(rate)]
     known |= {"name": clip["name"], "sound": sound, "rate": rate, "box": clip["box"]}

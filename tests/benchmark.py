@@ -237,10 +237,8 @@ def candidates(name, dtype, kernel):
     found["compiled, one product"] = (torch.compile(product, dynamic=False), False)
     for version, idea in RUNGS.items() if kernel else ():
         if (version < 4 or dtype.itemsize == 2) and (version not in (1, 2) or both):
-            found[f"{version} {idea}".strip("0 ")] = (
-                functools.partial(fused_gated_conv, version=version),
-                False,
-            )
+            label = f"{version} {idea}" if version else idea
+            found[label] = (functools.partial(fused_gated_conv, version=version), False)
     return found
 
 
