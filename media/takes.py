@@ -182,11 +182,10 @@ def check_length(frames, seconds, fps, cut):
     end = frames / fps  # 29.97 is not 30, once it makes more than 10 ms
     close = [rate for rate in fits if abs(rate / fps - 1) < 0.01 and abs(frames / rate - end) > 0.01]
     if off > allowed or close:
-        hint = f"{(close or fits)[0]:g} frames a second would fit" if fits else "another frame rate?"
-        hint = cut or hint
+        other = f"{(close or fits)[0]:g} frames a second would fit" if fits else "another frame rate?"
         raise Skip(
             "length of landmarks and sound differ",
-            f"{frames} frames at --fps {fps:g} = {frames / fps:.2f} s vs {seconds:.2f} s: {hint}",
+            f"{frames} frames at --fps {fps:g} = {frames / fps:.2f} s vs {seconds:.2f} s: {cut or other}",
         )
 
 
