@@ -210,7 +210,8 @@ PRETRAINED = METHOD.parent / WEIGHTS
 
 def find_checkpoint(args):
     """--checkpoint, or that of the newest run, or the one that comes with this project."""
-    return Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
+    found = Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
+    return PRETRAINED if found.resolve() == PRETRAINED else found
 
 
 def invented(data):
@@ -312,7 +313,8 @@ def sample(args):
         write_pictures(out, tracks[0])
     frames, name = tracks[0].shape[1], known["name"]
     seconds = f"{frames} frames ({frames / data['fps']:.2f} s)"
-    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {seconds} for {name}, by {checkpoint}")
+    weights = min(str(checkpoint), os.path.relpath(checkpoint), key=len)
+    print(f"{out}: {faces} sample{'s' * (faces > 1)} of {seconds} for {name}, by {weights}")
     return 0
 
 
