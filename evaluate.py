@@ -321,7 +321,7 @@ FLOWS = {  # name: (label, changes of the Config, change of the trainer)
     "no-couplings": ("no couplings", {}, freeze_couplings),
     "ar2": ("full, ar2", {}, None),
     "lambda-1": ("full, ar2, all lambda = 1", {"lambdas": (1.0,) * 4}, None),
-    "no-audio": ("full, ar2, no audio", {"tilt": 0.0}, None),
+    "no-audio": ("full, ar2, no audio", {"vtlp": 0.0, "tilt": 0.0, "channel": 0.0}, None),
     "learned-lambda": ("full, ar2, learned lambda", {}, learn_lambdas),
 }
 

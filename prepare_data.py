@@ -56,6 +56,8 @@ from media.talkers import FPS, SyntheticFace, articulate, say, synthesize
 from media.video import EXTRACTORS, find_model, load_extractor, parts_of, read_video
 
 SPLITS = ("train", "val", "test")
+# what recorded data asks of a training (Config): the same for any speaker, see results/faces.md
+DEFAULTS = {"lead": 2, "noise": 0.0022, "mean_hidden": 128, "vtlp": 0.35, "tilt": 1.5, "channel": 0.1}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -573,7 +575,7 @@ def finish(args, settings, entries, leftovers, writer):
     found = survey(out, fps, settings.mel["fmax"], clips)
     describe(found, clips, entries, moved=args.audio_offset != "0")
     meta = meta_of(fps, settings.mel, normalisation="face box", skipped=dict(reasons))
-    meta |= {"defaults": {"lead": 2, "noise": 0.0022, "tilt": 1.5}, "interocular": found.interocular}
+    meta |= {"defaults": dict(DEFAULTS), "interocular": found.interocular}
     meta["audio_offset"] = found.late if args.audio_offset == "auto" else int(args.audio_offset)
     old = out / "meta.json"
     before = json.loads(old.read_text(encoding="utf-8")).get("audio_offset", 0) if old.is_file() else 0

@@ -61,7 +61,7 @@ from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
 from media.console import CLEAR, Interrupt, UserError
 from media.folder import TrainingFolder
 from media.limits import check_config
-from media.sound import Mel  # noqa: F401 (part of this file's contract, as is Talker)
+from media.sound import Mel, vary  # noqa: F401 (Mel and Talker are part of this file's contract)
 from media.talker import Talker  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------
@@ -83,6 +83,7 @@ class Config:
     lambdas: tuple = (0.25, 0.5, 0.75, 1.0)  # variance of each scale's latent, deepest first (Sec. 3)
     prior: str = "ar2"  # "iid": Eq. 11; "ar2": Eq. 6 taken at its word, an autoregression over time
     prior_mean: bool = True  # centre the ar2 prior on a mean predicted from the sound (not in the paper)
+    mean_hidden: int = 0  # hidden channels of that mean's network, 0: as many as H (ours; the data decides)
     init: str = "data"  # "data": PCA and Burg start from a batch; "random": Glow's start (the paper)
     lead: int = 0  # frames of sound heard ahead, a fixed delay (not in the paper; the data decides)
     scale_bound: float = 1.0  # |s| of a coupling stays below this (not in the paper)
@@ -100,7 +101,9 @@ class Config:
     mean_lr: float = 3.0  # learning rate of the prior's mean, times lr (not in the paper)
     mean_loss: float = 0.5  # start weight of the mean's own squared error, 0 after 70 % of training (ours)
     noise: float = 0.0022  # dequantisation noise in interocular distances (ours; the data decides)
+    vtlp: float = 0.0  # other voices in training, by up to exp(+-vtlp) (media.sound.vary; the data decides)
     tilt: float = 0.0  # slope of the sound's spectrum in training, up to +-, nats (ours; the data decides)
+    channel: float = 0.0  # share of the windows in noise, and through a telephone (ours; the data decides)
     precision: str = "auto"  # of the ConditionTCNs in training: float32, bfloat16; auto: the faster one
     recompute: bool = False  # compute the ConditionTCNs again in the backward pass instead of storing them
     eval_interval: int = 200  # steps between validations
@@ -356,8 +359,8 @@ class Prior(nn.Module):
         self.ar2 = config.prior == "ar2"
         if self.ar2:
             self.partial = nn.Parameter(torch.zeros(2, config.dim))  # atanh of p1, p2
-        lighter = dataclasses.replace(config, dropout=config.dropout / 3)  # more slows the lips, 0 overfits
-        has_mean = self.ar2 and config.prior_mean
+        has_mean, hidden = self.ar2 and config.prior_mean, config.mean_hidden or config.hidden
+        lighter = dataclasses.replace(config, hidden=hidden, dropout=config.dropout / 3)  # 0 overfits
         self.mean_net = ConditionTCN(config.cond_dim, config.dim, lighter) if has_mean else None
         self.past = None
 
@@ -636,20 +639,20 @@ class Clips(TrainingFolder):
         chosen = np.searchsorted(ends, picks, side="right")
         return [(clips[i], int(ends[i] - 1 - pick)) for i, pick in zip(chosen, picks)]  # counted from the end
 
-    def batch(self, windows, T, lead=0, noise=0.0, generator=None, tilt=0.0):
-        """x (B, T, D) plus noise of `noise` interocular distances, c (B, T, M) heard `lead` frames ahead."""
+    def batch(self, windows, T, lead=0, noise=0.0, generator=None, **other_sound):
+        """x (B, T, D) plus `noise` (interocular distances), c (B, T, M) `lead` frames ahead, by `vary`."""
         x, c = [], []
         for clip, s in windows:
             ahead = np.minimum(np.arange(s, s + T) + lead, clip["frames"] - 1)  # the last column is repeated
             x.append(self.landmarks[clip["start"] + s : clip["start"] + s + T])
             c.append(self.mel[clip["start"] + ahead])
-        x, c = torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(c))
+        x, c = torch.from_numpy(np.stack(x)), np.stack(c)
         if noise:
             x = x + noise * self.meta["interocular"] * torch.randn(x.shape, generator=generator)
-        if tilt:  # a slope over the bands, the same for all of a window: another microphone, room, voice
-            slope = tilt * (2 * torch.rand(len(c), 1, 1, generator=generator) - 1)
-            c = c + slope * torch.linspace(-1, 1, c.shape[2])
-        return x, c
+        if any(other_sound.values()):
+            rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
+            c = vary(c, self.meta["mel"], rng, **other_sound)
+        return x, torch.from_numpy(c)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -766,7 +769,8 @@ class Trainer:
             group["lr"].fill_(config.lr * share * group["scale"])
         self.fade.fill_(config.mean_loss * max(0.0, 1 - self.step / (0.7 * self.steps)))
         windows = self.clips.draw(config.batch_size, self.T, self.generator)
-        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator, config.tilt)
+        other_sound = {name: getattr(config, name) for name in ("vtlp", "tilt", "channel")}
+        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator, **other_sound)
         x, c = (v[self.rank :: self.world] for v in (x, c))  # so that N processes do what one would
         if self.device.type == "cuda":  # from pinned memory, so that the copy need not wait for the last step
             x, c = (v.pin_memory().to(self.device, non_blocking=True) for v in (x, c))

@@ -36,11 +36,11 @@ class Sound:
         layers = [layer for net in nets for layer in net.layers]
         self.matrix = torch.cat([net.cond.weight for net in nets]).T.contiguous()
         self.bias, self.depth = torch.cat([layer.bias for layer in layers]), len(nets[0].layers)
-        self.shape = len(layers), len(layers[0].bias)
+        self.sizes = [len(layer.bias) for layer in layers]
 
     def __call__(self, c):
         """c (B, M) -> for each network a tuple of (B, 2H), one for each layer."""
-        shares = torch.addmm(self.bias, c, self.matrix).unflatten(1, self.shape).unbind(1)
+        shares = torch.addmm(self.bias, c, self.matrix).split(self.sizes, 1)
         return [shares[i : i + self.depth] for i in range(0, len(shares), self.depth)]
 
 

@@ -19,8 +19,9 @@ def check_config(config):
     whole = config.dilations and all(isinstance(d, int) and d >= 1 for d in config.dilations)
     for names, holds, expected in (
         (SIZES, lambda v: v >= 1, "at least 1"),
-        ("lead steps epochs warmup weight_decay mean_loss", lambda v: 0 <= v < math.inf, "0 or more"),
-        ("noise tilt", lambda v: 0 <= v < math.inf, "0 or more"),
+        ("lead steps epochs warmup weight_decay", lambda v: 0 <= v < math.inf, "0 or more"),
+        ("mean_loss mean_hidden noise tilt", lambda v: 0 <= v < math.inf, "0 or more"),
+        ("vtlp channel", lambda v: 0 <= v <= 1, "between 0 and 1"),
         ("lr mean_lr grad_clip scale_bound", lambda v: 0 < v < math.inf, "above 0"),
         ("dropout", lambda v: 0 <= v < 1, "0 or more and below 1"),
         ("lr_final", lambda v: 0 <= v <= 1, "between 0 and 1"),

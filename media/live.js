@@ -133,7 +133,7 @@ class Spectrum {
 const toMel = f => f < 1000 ? f * 3 / 200 : 15 + 27 * Math.log(f / 1000) / Math.log(6.4);
 const fromMel = m => m < 15 ? m * 200 / 3 : 1000 * Math.exp((m - 15) * Math.log(6.4) / 27);
 
-const FLOOR = 1e-13, QUIET = -17;
+const FLOOR = 1e-13, QUIET = -21;
 
 /** Log-mel columns, see media/sound.py. Column t sees the samples before (t + 1) / fps seconds. */
 class Mel {
@@ -220,7 +220,7 @@ class GatedCausalConv {
 class ConditionTCN {
   constructor(w, name, config, B) {
     this.layers = config.dilations.map((d, i) => new GatedCausalConv(w, `${name}.layers.${i}`, d, B));
-    this.H = config.hidden, this.cond = w(`${name}.cond.weight`);
+    this.H = this.layers[0].H, this.cond = w(`${name}.cond.weight`);
     this.weight = w(`${name}.out.weight`), this.bias = w(`${name}.out.bias`);
   }
 

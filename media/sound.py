@@ -22,8 +22,8 @@ from media.container import VIDEOS, WHOLE, decoded_sound, open_container
 
 SAMPLE_RATE = 16000  # of the stored sound, Hz
 FLOOR = 1e-13  # of mel power: its logarithm is -30, a quiet hiss is at -19
-# the level before anything was heard: that of a voice 40 dB quieter than one close to a microphone
-QUIET = -17.0
+# the level before anything was heard: that of a voice 57 dB quieter than one close to a microphone
+QUIET = -21.0
 
 
 class Mel:
@@ -34,7 +34,7 @@ class Mel:
     sample rate: no resampler is needed. Heard relative to a running level: column t is c_t - L_t with
         L_t = max(L_{t-1} - level, E_t, QUIET),   E_t the logarithm of column t's summed power,
     the loudest so far, forgotten at `level` nats a column. So a quiet microphone sounds like a loud one,
-    without look-ahead, and digital silence before the first word is far below any voice. level = 0: c_t.
+    without look-ahead; digital silence before the first word is like faint hiss. level = 0: c_t.
     """
 
     def __init__(self, n_mels=40, fmin=0.0, fmax=8000.0, window=0.064, level=0.01, fps=25, sample_rate=16000):
@@ -102,6 +102,35 @@ class Mel:
         drop = max(0, keep - self.first)
         self.past, self.first, self.frame = self.past[drop:], self.first + drop, frames
         return self._log(power)
+
+
+def vary(columns, mel, rng, vtlp=0.0, tilt=0.0, channel=0.0):
+    """Windows (B, T, M) of log-mel columns as other voices, rooms and microphones might have given them, each
+    window by chance (rng): a quarter of them by a vocal tract up to exp(+-vtlp) times as long (vocal tract
+    length perturbation, Jaitly and Hinton 2013); a share `channel` as by a telephone, with nothing above 3.4
+    to 7.5 kHz, and such a share in white noise 0 to 25 dB below the voice; all with a spectrum that leans by
+    up to +-tilt nats at its ends. mel: the settings of `Mel`, which gave these columns relative to its
+    running level."""
+    B, _, M = columns.shape
+    hz = import_librosa().mel_frequencies(M + 2, fmin=mel["fmin"], fmax=mel["fmax"])[1:-1]
+
+    def some(share, low, high, otherwise):  # (B, 1, 1)
+        return np.where(rng.random((B, 1, 1)) < share, rng.uniform(low, high, (B, 1, 1)), otherwise)
+
+    if vtlp:
+        factors = np.exp(some(0.25, -vtlp, vtlp, 0.0)).ravel()
+        places = np.stack([np.interp(hz * factor, hz, np.arange(M)) for factor in factors])[:, None]
+        below = np.minimum(places.astype(int), M - 2)
+        lower, upper = (np.take_along_axis(columns, band, 2) for band in (below, below + 1))
+        columns = lower + (places - below) * (upper - lower)
+    if channel:
+        empty = hz > some(channel, 3400, 7500, np.inf)
+        columns = np.where(empty, np.minimum(columns, rng.uniform(-20, -12, (B, 1, 1))), columns)
+        # the bands of a voice's loud frames sum to about 0, and white noise is alike in all 40 of them
+        noise = some(channel, -13, -6, -np.inf) + rng.normal(0, 0.3, columns.shape)
+        columns = np.logaddexp(columns, noise)
+    lean = tilt * rng.uniform(-1, 1, (B, 1, 1)) * np.linspace(-1, 1, M)
+    return (columns + lean).astype(np.float32)
 
 
 def import_librosa():

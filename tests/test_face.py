@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
@@ -14,7 +15,7 @@ from cli import PRETRAINED
 from media.console import UserError
 from media.face import draw_on, head_latents, read_face, rest_face, steer, with_eyes_of
 from media.landmarks import face_box, lip_points, mouth_opening, points
-from media.sound import FLOOR, QUIET, Mel, unlike_speech
+from media.sound import FLOOR, QUIET, Mel, unlike_speech, vary
 from talkingflow import Clips, Config, Talker, TalkingFlow, load_checkpoint
 
 SHIPPED = PRETRAINED.with_name("held-out")
@@ -65,6 +66,35 @@ def test_training_leans_the_spectrum_of_each_window_and_nothing_else(waves):
     slope = (leaning - c)[:, 0, -1]
     assert torch.equal(x, same) and slope.abs().max() <= tilt and 0.5 < slope.std() / (tilt / 3**0.5) < 1.5
     assert torch.allclose(leaning - c, slope[:, None, None] * torch.linspace(-1, 1, 40), atol=1e-5)
+
+
+def test_a_quarter_of_the_windows_is_heard_from_vocal_tracts_of_other_lengths():
+    """A formant at 1500 Hz: where its peak goes, the whole spectrum goes."""
+    hz = librosa.mel_frequencies(122, fmin=0, fmax=8000)[1:-1]
+    formant = np.tile(-8 * np.log(hz / 1500) ** 2, (800, 3, 1)).astype(np.float32)
+    heard = vary(formant, {"fmin": 0, "fmax": 8000}, np.random.default_rng(0), vtlp=0.35)
+    assert np.array_equal(heard[:, 0], heard[:, 2])  # the same voice all along
+    moved = np.log(hz[heard[:, 0].argmax(1)] / 1500)
+    assert 0.68 < (np.abs(moved) < 0.02).mean() < 0.82
+    assert 0.3 < moved.max() < 0.38 and -0.38 < moved.min() < -0.3 and abs(moved.mean()) < 0.03
+    other = heard[moved.argmax(), 0]
+    assert np.abs(other - -8 * np.log(hz / 1500 / np.exp(moved.max())) ** 2)[20:-20].max() < 0.5
+
+
+def test_a_share_of_the_windows_is_heard_in_noise_and_one_through_a_telephone():
+    columns = np.concatenate([np.full((500, 1, 40), -21.0), np.full((500, 1, 40), 2.0)], 1).astype(np.float32)
+    heard = vary(columns, {"fmin": 0, "fmax": 8000}, np.random.default_rng(0), channel=0.2)
+    silence, loud = heard.transpose(1, 0, 2)
+    noisy, narrow = silence.mean(1) > -20, loud[:, -1] < 1
+    assert 0.15 < noisy.mean() < 0.25 and np.array_equal(silence[~noisy], columns[~noisy, 0])
+    assert -13.2 < silence[noisy].mean(1).min() and silence[noisy].mean(1).max() < -5.8
+    assert 0.25 < silence[noisy].std(1).mean() < 0.35
+    assert 0.15 < narrow.mean() < 0.25 and np.abs(loud[~narrow] - 2).max() < 0.01
+    empty, hz = loud[narrow] < 1, librosa.mel_frequencies(42, fmin=0, fmax=8000)[1:-1]
+    assert (np.diff(empty, axis=1).sum(1) == 1).all()  # from one band on
+    first = hz[empty.argmax(1)]
+    assert 3400 < first.min() < 4000 and 6500 < first.max() < 8000
+    assert -20.1 < loud[narrow][empty].min() and loud[narrow & ~noisy, -1].max() < -11.9
 
 
 def test_gain_is_not_heard_once_the_voice_was():
@@ -285,6 +315,12 @@ def test_without_a_wav_the_shipped_sentence_is_spoken_beside_its_recorded_face(t
     assert said.shape == (1, 74, 68, 2) and said.min() > -0.5 and said.max() < 1.5
     assert talkingflow.main(["sample", "--out", "x.html", "--device", "cpu"]) == 0
     assert Path("x.html").stat().st_size > 100_000  # faces, the recorded one and the sound
+    assert (
+        talkingflow.main(["sample", "--out", "y.npz", "--num-samples", "1", "--checkpoint", str(PRETRAINED)])
+        == 0
+    )
+    with np.load("y.npz") as z:
+        assert np.array_equal(z["landmarks"], said)  # named or not, they are the shipped ones
 
 
 def test_rest_is_measured_alike_in_a_recorded_and_a_drawn_face():

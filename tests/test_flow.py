@@ -287,7 +287,7 @@ def test_a_stream_equals_the_whole_sample_for_blocks_of_any_size(block, prior):
     "fields",
     [
         dict(),
-        dict(dim=37, kernel_size=3, steps_per_scale=3),
+        dict(dim=37, kernel_size=3, steps_per_scale=3, mean_hidden=24),
         dict(kernel_size=1, prior_mean=False),
         dict(num_scales=1, lambdas=(1.0,), dilations=(3, 1), scale_bound=2.5),
     ],
