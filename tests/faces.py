@@ -140,6 +140,21 @@ class Measured:
                 for name, faces in tracks.items():
                     yield f"{where}, {what}, {name}", at_rest(faces, quiet)[i]
 
+    def moves(self):
+        """Head and lips, as drawn and denoised, against the recorded ones."""
+        from study.metrics import head, jitter, l_mor, velocity_autocorrelation
+
+        T = min(len(x) for x in self.truth)
+        truth = np.stack([x[:T] for x in self.truth])
+        yield "velocity autocorrelation of the head, truth", velocity_autocorrelation(head(truth))
+        ways = {"sample": (1.0, False), "denoised sample": (1.0, True), "temperature 0": (0.0, False)}
+        for name, (temperature, denoise) in ways.items():
+            track = np.stack([x[:T] for x in self.speak(self.plain, temperature, denoise)])
+            yield f"L_MOR, {name}", l_mor(track, truth).mean()
+            if temperature:
+                yield f"head jitter, {name}", jitter(head(track), head(truth))
+                yield f"velocity autocorrelation of the head, {name}", velocity_autocorrelation(head(track))
+
     def begins(self):
         """What the face does in a second of no voice before the sentence."""
         hiss = np.round(np.random.default_rng(0).normal(0, 3, self.mel.sample_rate))
@@ -174,15 +189,11 @@ def figures(path, args):
     chosen = [clip for clip in chosen if clip["speaker"].startswith(args.speaker)][: args.limit]
     measured = Measured(flow, state["data"], clips, chosen)
     found = {"clips": len(chosen)}
-    for part in (measured.follows, measured.rests, measured.begins, measured.denoises):
+    for part in (measured.follows, measured.rests, measured.moves, measured.begins, measured.denoises):
         found |= part()
     if state["data"]["fingerprint"] == clips.meta["fingerprint"] and not args.speaker:  # densities too
         m = measure(flow, clips, args.split, args.limit)
         found |= {"NLL": m["nll"], "NLL less that of VAR(3)": m["nll"] - m["var3"]}
-        for name in ("l_mor", "l_mor_temperature0", "head_jitter", "mouth_jitter"):
-            found[name.replace("_", " ").replace("temperature0", "at temperature 0")] = m[name]
-        for name, key in (("", ""), (", truth", "_truth")):
-            found[f"velocity autocorrelation of the head{name}"] = m["velocity_autocorrelation" + key]
     return found
 
 
