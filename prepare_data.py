@@ -57,7 +57,15 @@ from media.video import EXTRACTORS, find_model, load_extractor, parts_of, read_v
 
 SPLITS = ("train", "val", "test")
 # what recorded data asks of a training (Config): the same for any speaker, see results/faces.md
-DEFAULTS = {"lead": 2, "noise": 0.0022, "mean_hidden": 128, "vtlp": 0.35, "tilt": 1.5, "channel": 0.1}
+DEFAULTS = {
+    "lead": 2,
+    "noise": 0.0022,
+    "mean_hidden": 128,
+    "mean_loss_final": 0.2,
+    "vtlp": 0.35,
+    "tilt": 1.5,
+    "channel": 0.1,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -575,7 +583,8 @@ def finish(args, settings, entries, leftovers, writer):
     found = survey(out, fps, settings.mel["fmax"], clips)
     describe(found, clips, entries, moved=args.audio_offset != "0")
     meta = meta_of(fps, settings.mel, normalisation="face box", skipped=dict(reasons))
-    meta |= {"defaults": dict(DEFAULTS), "interocular": found.interocular}
+    relative = {} if settings.mel["level"] else {"channel": 0.0}  # absolute columns: how loud is a voice?
+    meta |= {"defaults": DEFAULTS | relative, "interocular": found.interocular}
     meta["audio_offset"] = found.late if args.audio_offset == "auto" else int(args.audio_offset)
     old = out / "meta.json"
     before = json.loads(old.read_text(encoding="utf-8")).get("audio_offset", 0) if old.is_file() else 0

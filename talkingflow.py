@@ -99,7 +99,8 @@ class Config:
     weight_decay: float = 0.05  # on the weights of the ConditionTCNs only (not in the paper)
     grad_clip: float = 1.0  # largest gradient norm (not in the paper)
     mean_lr: float = 3.0  # learning rate of the prior's mean, times lr (not in the paper)
-    mean_loss: float = 0.5  # start weight of the mean's own squared error, 0 after 70 % of training (ours)
+    mean_loss: float = 0.5  # start weight of the mean's own squared error, falls for 70 % of training (ours)
+    mean_loss_final: float = 0.0  # share of mean_loss that stays to the end (ours; the data decides)
     noise: float = 0.0022  # dequantisation noise in interocular distances (ours; the data decides)
     vtlp: float = 0.0  # other voices in training, by up to exp(+-vtlp) (media.sound.vary; the data decides)
     tilt: float = 0.0  # slope of the sound's spectrum in training, up to +-, nats (ours; the data decides)
@@ -117,8 +118,7 @@ class Config:
     def preset(name):
         """`demo` fits a laptop CPU and moves like a person; `paper` is Section 3 to the letter, the authors'
         code where it is silent (steps a scale, hidden, kernel size), and needs a GPU. Mel bands, window,
-        look-ahead, the bounds on s and on the gradient, the dequantisation noise and the average of the
-        weights are this project's."""
+        look-ahead, bounds, dequantisation noise and the average of the weights are this project's."""
         paper = dict(cond_dim=80, hidden=256, kernel_size=3, steps_per_scale=6, dropout=0.0)
         paper |= dict(prior="iid", prior_mean=False, init="random", mean_loss=0.0, weight_decay=0.0)
         paper |= dict(batch_size=128, steps=0, epochs=100, lr=1e-4, lr_final=1.0, warmup=0)
@@ -670,8 +670,8 @@ class Objective(nn.Module):
         """Mean NLL of x (B, T, D) given c (B, T, M), nats per coordinate per frame, and the loss to minimise.
 
         Under the ar2 prior m(c) is fitted through the filter 1 - a1 q - a2 q^2 (q: one frame earlier),
-        that is on the fastest movements only. Its own squared error, added and faded out in training,
-        first teaches it the whole mouth; the likelihood then takes back what was too much.
+        that is on the fastest movements only. Its own squared error, added at first and less and less,
+        teaches it the whole mouth; the likelihood then takes back what was too much.
         """
         zs, logdet = self.flow(x, c)
         z, mean, prior = torch.cat(zs, 2), self.flow.prior_mean(c), self.flow.prior
@@ -767,7 +767,7 @@ class Trainer:
         config, share = self.config, schedule(self.step, self.steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(config.lr * share * group["scale"])
-        self.fade.fill_(config.mean_loss * max(0.0, 1 - self.step / (0.7 * self.steps)))
+        self.fade.fill_(config.mean_loss * max(config.mean_loss_final, 1 - self.step / (0.7 * self.steps)))
         windows = self.clips.draw(config.batch_size, self.T, self.generator)
         other_sound = {name: getattr(config, name) for name in ("vtlp", "tilt", "channel")}
         x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator, **other_sound)
