@@ -158,7 +158,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_names_the_step(talker
     trainer.train_step()
     before = [p.detach().clone() for p in trainer.flow.parameters()]
     batch = trainer.clips.batch
-    trainer.clips.batch = lambda *args: tuple(v * float("nan") for v in batch(*args))
+    trainer.clips.batch = lambda *args, **how: tuple(v * float("nan") for v in batch(*args, **how))
     trainer.train_step()
     assert "step 2: gradient not finite" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.flow.parameters()))

@@ -386,6 +386,15 @@ def test_bfloat16_networks_train_and_the_flow_around_them_stays_exact(waves, tmp
     assert (flow.inverse(flow(x, c)[0], c) - x).abs().max() < 1e-4
 
 
+def test_a_share_of_the_error_of_the_mean_stays_to_the_end(waves, tmp_path):
+    weights = {}
+    for share in (0.0, 0.2):
+        run = trainer(waves, tmp_path / str(share), steps=10, mean_loss=2.0, mean_loss_final=share)
+        weights[share] = [run.train_step() or round(float(run.fade), 4) for _ in range(10)]
+    assert weights[0.0][:7] == [2.0, 1.7143, 1.4286, 1.1429, 0.8571, 0.5714, 0.2857]
+    assert weights[0.0][7:] == [0.0] * 3 and weights[0.2] == [max(0.4, w) for w in weights[0.0]]
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight_no_moment_and_no_counter(waves, tmp_path):
     """Adam's own state too: a step that is skipped must not age the averages."""
     run = trainer(waves, tmp_path)
