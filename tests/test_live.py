@@ -300,17 +300,22 @@ def test_five_minutes_do_not_grow(browser, pages):
 
 
 def test_three_faces_take_less_than_8_ms_a_frame(browser, pages):
-    """In CPU time, of up to 25 rounds the quickest: what else the machine does is not ours."""
+    """In CPU time of a core that takes 13 ms for a million turns of the plain loop below, as one does when
+    nothing else runs: each round is measured beside such a loop, so that a busy machine slows both."""
     open_page(browser, pages)
     browser.run("""var stream = new Stream(page, weights, 3), c = new Float64Array(40).fill(-15);
-        var frames = n => { while (n--) stream.push(c, Float64Array.from({length: 408}, gaussian)); }""")
-    costs = []
-    while len(costs) < 7 or (min(costs) > 8 and len(costs) < 25):
+        var frames = n => { while (n--) stream.push(c, Float64Array.from({length: 408}, gaussian)); };
+        var a = Float64Array.from({length: 4000}, gaussian), sum = 0;
+        var plain = n => { while (n--) for (let i = 0; i < 4000; i++) sum += a[i] * a[3999 - i]; };""")
+
+    def cpu_ms(code):
         begun = browser.cpu_seconds()
-        browser.run("frames(100)")
-        costs.append(10 * (browser.cpu_seconds() - begun))
-    print("CPU ms a frame, three denoised faces:", *(round(cost, 2) for cost in costs))
-    assert min(costs) <= 8
+        browser.run(code + "; 0")
+        return 1000 * (browser.cpu_seconds() - begun)
+
+    rounds = [(cpu_ms("frames(100)") / 100, cpu_ms("plain(2500)") / 10) for _ in range(7)]
+    print("CPU ms a frame, three denoised faces; a million turns:", *(f"{f:.1f} {p:.2f}" for f, p in rounds))
+    assert min(frame / million for frame, million in rounds) * 13 <= 8
 
 
 def test_reduced_motion_begins_with_a_still_head(browser, pages):
