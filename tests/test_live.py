@@ -300,8 +300,8 @@ def test_five_minutes_do_not_grow(browser, pages):
 
 
 def test_three_faces_take_less_than_8_ms_a_frame(browser, pages):
-    """In CPU time of a core that takes 13 ms for a million turns of the plain loop below, as one does when
-    nothing else runs: each round is measured beside such a loop, so that a busy machine slows both."""
+    """In CPU time of a core that takes 13 ms for a million turns of the plain loop below, the least seen with
+    6 to 7 ms for a frame: rounds of both alternate, so that a busy machine slows both."""
     open_page(browser, pages)
     browser.run("""var stream = new Stream(page, weights, 3), c = new Float64Array(40).fill(-15);
         var frames = n => { while (n--) stream.push(c, Float64Array.from({length: 408}, gaussian)); };
@@ -315,7 +315,8 @@ def test_three_faces_take_less_than_8_ms_a_frame(browser, pages):
 
     rounds = [(cpu_ms("frames(100)") / 100, cpu_ms("plain(2500)") / 10) for _ in range(7)]
     print("CPU ms a frame, three denoised faces; a million turns:", *(f"{f:.1f} {p:.2f}" for f, p in rounds))
-    assert min(frame / million for frame, million in rounds) * 13 <= 8
+    frame, million = (min(costs) for costs in zip(*rounds, strict=True))
+    assert frame / million * 13 <= 8
 
 
 def test_reduced_motion_begins_with_a_still_head(browser, pages):
