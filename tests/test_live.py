@@ -299,24 +299,19 @@ def test_five_minutes_do_not_grow(browser, pages):
     assert max(sizes[1:]) < sizes[0] + 100_000, sizes  # a kept frame would be 8 MB
 
 
-def test_three_faces_take_less_than_8_ms_a_frame(browser, pages):
-    """In CPU time of a core that takes 13 ms for a million turns of the plain loop below, the least seen with
-    6 to 7 ms for a frame: rounds of both alternate, so that a busy machine slows both."""
+def test_three_faces_take_less_than_half_of_a_frame(browser, pages):
+    """In CPU time: 6 ms on a quiet core, 9 where neighbours slow it; a frame lasts 40, so that a core half as
+    fast keeps up."""
     open_page(browser, pages)
     browser.run("""var stream = new Stream(page, weights, 3), c = new Float64Array(40).fill(-15);
-        var frames = n => { while (n--) stream.push(c, Float64Array.from({length: 408}, gaussian)); };
-        var a = Float64Array.from({length: 4000}, gaussian), sum = 0;
-        var plain = n => { while (n--) for (let i = 0; i < 4000; i++) sum += a[i] * a[3999 - i]; };""")
+        var frames = n => { while (n--) stream.push(c, Float64Array.from({length: 408}, gaussian)); };""")
 
-    def cpu_ms(code):
+    def cpu_ms():
         begun = browser.cpu_seconds()
-        browser.run(code + "; 0")
-        return 1000 * (browser.cpu_seconds() - begun)
+        browser.run("frames(100); 0")
+        return 10 * (browser.cpu_seconds() - begun)
 
-    rounds = [(cpu_ms("frames(100)") / 100, cpu_ms("plain(2500)") / 10) for _ in range(7)]
-    print("CPU ms a frame, three denoised faces; a million turns:", *(f"{f:.1f} {p:.2f}" for f, p in rounds))
-    frame, million = (min(costs) for costs in zip(*rounds, strict=True))
-    assert frame / million * 13 <= 8
+    assert min(cpu_ms() for _ in range(5)) < 20
 
 
 def test_reduced_motion_begins_with_a_still_head(browser, pages):
