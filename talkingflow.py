@@ -104,7 +104,7 @@ class Config:
     noise: float = 0.0022  # dequantisation noise in interocular distances (ours; the data decides)
     vtlp: float = 0.0  # other voices in training, by up to exp(+-vtlp) (media.sound.vary; the data decides)
     tilt: float = 0.0  # slope of the sound's spectrum in training, up to +-, nats (ours; the data decides)
-    channel: float = 0.0  # share of the windows in noise, and through a telephone (ours; the data decides)
+    channel: float = 0.0  # share of windows in noise, by telephone, clipped, each (ours; the data decides)
     precision: str = "auto"  # of the ConditionTCNs in training: float32, bfloat16; auto: the faster one
     recompute: bool = False  # compute the ConditionTCNs again in the backward pass instead of storing them
     eval_interval: int = 200  # steps between validations
@@ -639,20 +639,20 @@ class Clips(TrainingFolder):
         chosen = np.searchsorted(ends, picks, side="right")
         return [(clips[i], int(ends[i] - 1 - pick)) for i, pick in zip(chosen, picks)]  # counted from the end
 
-    def batch(self, windows, T, lead=0, noise=0.0, generator=None, **other_sound):
-        """x (B, T, D) plus `noise` (interocular distances), c (B, T, M) `lead` frames ahead, by `vary`."""
+    def batch(self, windows, T, lead=0, noise=0.0, generator=None, channel=0.0, **voice):
+        """x (B, T, D) plus `noise` (interocular distances), c (B, T, M) `lead` frames ahead: see `vary`."""
         x, c = [], []
+        if other := channel or any(voice.values()):
+            rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
         for clip, s in windows:
             ahead = np.minimum(np.arange(s, s + T) + lead, clip["frames"] - 1)  # the last column is repeated
             x.append(self.landmarks[clip["start"] + s : clip["start"] + s + T])
-            c.append(self.mel[clip["start"] + ahead])
+            clipped = channel and rng.random() < channel
+            c.append(self.overdriven(clip, ahead, rng) if clipped else self.mel[clip["start"] + ahead])
         x, c = torch.from_numpy(np.stack(x)), np.stack(c)
         if noise:
             x = x + noise * self.meta["interocular"] * torch.randn(x.shape, generator=generator)
-        if any(other_sound.values()):
-            rng = np.random.default_rng(int(torch.randint(1 << 62, (), generator=generator)))
-            c = vary(c, self.meta["mel"], rng, **other_sound)
-        return x, torch.from_numpy(c)
+        return x, torch.from_numpy(vary(c, self.meta["mel"], rng, channel=channel, **voice) if other else c)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 meta.json last."""
 
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from media.console import UserError, printable, write_atomically
+from media.sound import Mel
 
 ARRAYS = {"landmarks": np.float32, "mel": np.float32, "audio": np.int16, "articulation": np.float32}
 
@@ -367,6 +369,20 @@ class TrainingFolder:
         if limit is None or len(tiles) <= limit:
             return tiles
         return [tiles[i * len(tiles) // limit] for i in range(limit)]
+
+    @functools.cached_property
+    def hearing(self):
+        return Mel(**self.meta["mel"], fps=self.fps, sample_rate=self.meta["sample_rate"])
+
+    def overdriven(self, clip, frames, rng):
+        """Log-mel columns (T, M) of a clip's `frames` (T,) as a microphone hears them that is up to 15 dB too
+        loud and clips. It has heard the 10 seconds before them, from which comes its level."""
+        before, rate = max(0, frames[0] - round(10 * self.fps)), self.meta["sample_rate"] / self.fps
+        start, stop = int(before * rate), min(int((frames[-1] + 1) * rate) + 1, clip["audio_samples"])
+        sound = self.audio[clip["audio_start"] :][start:stop].astype(np.float32) / 32768
+        limit = np.abs(sound).max() * 10 ** (-rng.uniform(0, 15) / 20)
+        columns = self.hearing.columns(np.clip(sound, -limit, limit))
+        return columns[np.minimum(frames - before, len(columns) - 1)]
 
     def check(self, x, c):
         """Refuses windows x (B, T, D), c (B, T, M) that no density can be fitted to."""

@@ -108,7 +108,8 @@ def vary(columns, mel, rng, vtlp=0.0, tilt=0.0, channel=0.0):
     """Windows (B, T, M) of log-mel columns as other voices, rooms and microphones might have given them, each
     window by chance (rng): a quarter of them by a vocal tract up to exp(+-vtlp) times as long (vocal tract
     length perturbation, Jaitly and Hinton 2013); a share `channel` as by a telephone, with nothing above 3.4
-    to 7.5 kHz, and such a share in white noise 0 to 25 dB below the voice; all with a spectrum that leans by
+    to 7.5 kHz, and such a share in white noise 0 to 25 dB below the voice (`Clips.batch` makes such a share
+    clip); all with a spectrum that leans by
     up to +-tilt nats at its ends. mel: the settings of `Mel`, which gave these columns relative to its
     running level."""
     B, _, M = columns.shape

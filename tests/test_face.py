@@ -97,6 +97,40 @@ def test_a_share_of_the_windows_is_heard_in_noise_and_one_through_a_telephone():
     assert -20.1 < loud[narrow][empty].min() and loud[narrow & ~noisy, -1].max() < -11.9
 
 
+@pytest.mark.parametrize("first", [0, 300])
+def test_an_overdriven_window_is_that_of_the_clipped_sound(waves, first):
+    """It clips 0 to 15 dB below the peak of the window and the 10 seconds before it."""
+    clips = Clips(waves)
+    sound = np.round(20000 * np.sin(np.arange(16000 * 20) * 2 * np.pi * 200 / 16000)).astype(np.int16)
+    frames, limits = np.arange(first, first + 32) + 2, []
+    before = max(0, frames[0] - 250)
+    clips.audio = np.concatenate([np.full(640, 32767, np.int16), sound])  # another clip's
+    clips.audio[640 : 640 * before] = 32767  # long ago
+    clip = {"audio_start": 640, "audio_samples": len(sound)}
+    for seed in range(20):
+        heard = clips.overdriven(clip, frames, np.random.default_rng(seed))
+        limits.append(20000 * 10 ** (-np.random.default_rng(seed).uniform(0, 15) / 20))
+        clipped = np.clip(sound[640 * before :], -limits[-1], limits[-1]) / 32768
+        assert np.abs(heard - clips.hearing.columns(clipped)[frames - before]).max() < 1e-3
+    assert min(limits) < 4500 < 16000 < max(limits)
+    end = clips.overdriven(clip, np.array([498, 499, 499]), np.random.default_rng(0))
+    assert end.shape == (3, 40) and np.array_equal(end[1], end[2])  # of 500 columns
+
+
+def test_a_share_of_the_windows_is_overdriven(waves, monkeypatch):
+    clips, asked = Clips(waves), []
+    monkeypatch.setattr(
+        clips, "overdriven", lambda clip, frames, rng: asked.append(frames) or np.full((32, 40), 99.0)
+    )
+    windows = clips.windows("train", 32)[:4] * 100
+    _, c = clips.batch(windows, 32, lead=2, channel=0.2, generator=torch.Generator().manual_seed(0))
+    assert 0.15 < len(asked) / 400 < 0.25 and (c[:, 0, 0] > 90).sum() == len(asked)
+    assert {int(frames[0]) for frames in asked} == {2, 34, 66}  # `lead` ahead
+    asked.clear()
+    clips.batch(windows, 32, lead=2, vtlp=0.3, generator=torch.Generator().manual_seed(0))
+    assert not asked
+
+
 def test_gain_is_not_heard_once_the_voice_was():
     heard = {db: Mel().columns(voice() * 10 ** (db / 20)) for db in (-20, 0, 12)}
     for db in (-20, 12):
