@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if terminal["left_out"]:
+    if terminal.get("left_out"):
         terminalreporter.line(f"{terminal['left_out']} slow tests left out: python -m pytest --slow runs all")
 
 
