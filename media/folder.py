@@ -376,8 +376,8 @@ class TrainingFolder:
 
     def overdriven(self, clip, frames, rng):
         """Log-mel columns (T, M) of a clip's `frames` (T,) as a microphone hears them that is up to 15 dB too
-        loud and clips. It has heard the 10 seconds before them, from which comes its level."""
-        before, rate = max(0, frames[0] - round(10 * self.fps)), self.meta["sample_rate"] / self.fps
+        loud and clips. It has heard the 2 seconds before them, from which comes its level."""
+        before, rate = max(0, frames[0] - round(2 * self.fps)), self.meta["sample_rate"] / self.fps
         start, stop = int(before * rate), min(int((frames[-1] + 1) * rate) + 1, clip["audio_samples"])
         sound = self.audio[clip["audio_start"] :][start:stop].astype(np.float32) / 32768
         limit = np.abs(sound).max() * 10 ** (-rng.uniform(0, 15) / 20)

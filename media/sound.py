@@ -108,28 +108,31 @@ def vary(columns, mel, rng, vtlp=0.0, tilt=0.0, channel=0.0):
     """Windows (B, T, M) of log-mel columns as other voices, rooms and microphones might have given them, each
     window by chance (rng): a quarter of them by a vocal tract up to exp(+-vtlp) times as long (vocal tract
     length perturbation, Jaitly and Hinton 2013); a share `channel` as by a telephone, with nothing above 3.4
-    to 7.5 kHz, and such a share in white noise 0 to 25 dB below the voice (`Clips.batch` makes such a share
-    clip); all with a spectrum that leans by
-    up to +-tilt nats at its ends. mel: the settings of `Mel`, which gave these columns relative to its
-    running level."""
+    to 7.5 kHz, and such a share in white noise 0 to 25 dB below the voice (by `Clips.batch` such a share is
+    clipped already); all with a spectrum that leans by up to +-tilt nats at its ends. mel: the settings of
+    `Mel`, which gave these columns relative to its running level."""
     B, _, M = columns.shape
     hz = import_librosa().mel_frequencies(M + 2, fmin=mel["fmin"], fmax=mel["fmax"])[1:-1]
 
-    def some(share, low, high, otherwise):  # (B, 1, 1)
-        return np.where(rng.random((B, 1, 1)) < share, rng.uniform(low, high, (B, 1, 1)), otherwise)
+    def some(share, low, high):  # which windows (n,), and a number for each (n, 1, 1)
+        chosen = np.flatnonzero(rng.random(B) < share)
+        return chosen, rng.uniform(low, high, (len(chosen), 1, 1))
 
+    columns = columns.copy()
     if vtlp:
-        factors = np.exp(some(0.25, -vtlp, vtlp, 0.0)).ravel()
-        places = np.stack([np.interp(hz * factor, hz, np.arange(M)) for factor in factors])[:, None]
+        other, stretch = some(0.25, -vtlp, vtlp)
+        places = [np.interp(hz * factor, hz, np.arange(M)) for factor in np.exp(stretch).ravel()]
+        places = np.reshape(places, (-1, 1, M))
         below = np.minimum(places.astype(int), M - 2)
-        lower, upper = (np.take_along_axis(columns, band, 2) for band in (below, below + 1))
-        columns = lower + (places - below) * (upper - lower)
+        lower, upper = (np.take_along_axis(columns[other], band, 2) for band in (below, below + 1))
+        columns[other] = lower + (places - below) * (upper - lower)
     if channel:
-        empty = hz > some(channel, 3400, 7500, np.inf)
-        columns = np.where(empty, np.minimum(columns, rng.uniform(-20, -12, (B, 1, 1))), columns)
+        narrow, highest = some(channel, 3400, 7500)
+        empty = rng.uniform(-20, -12, (len(narrow), 1, 1))
+        columns[narrow] = np.where(hz > highest, np.minimum(columns[narrow], empty), columns[narrow])
         # the bands of a voice's loud frames sum to about 0, and white noise is alike in all 40 of them
-        noise = some(channel, -13, -6, -np.inf) + rng.normal(0, 0.3, columns.shape)
-        columns = np.logaddexp(columns, noise)
+        noisy, level = some(channel, -13, -6)
+        columns[noisy] = np.logaddexp(columns[noisy], rng.normal(level, 0.3, columns[noisy].shape))
     lean = tilt * rng.uniform(-1, 1, (B, 1, 1)) * np.linspace(-1, 1, M)
     return (columns + lean).astype(np.float32)
 
