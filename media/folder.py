@@ -372,6 +372,7 @@ class TrainingFolder:
 
     @functools.cached_property
     def hearing(self):
+        """What made the folder's log-mel columns."""
         return Mel(**self.meta["mel"], fps=self.fps, sample_rate=self.meta["sample_rate"])
 
     def overdriven(self, clip, frames, rng):
