@@ -106,6 +106,7 @@ def test_importing_builds_and_prints_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_validating_more_often_does_not_change_the_weights(talkers, tmp_path):
     weights = []
     for interval in (1, 100):
@@ -167,6 +168,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_names_the_step(talker
             trainer.train_step()
 
 
+@pytest.mark.slow
 def test_initialisation_does_not_depend_on_the_process(talkers, monkeypatch):
     flows = []
     for rank in ("0", "1"):

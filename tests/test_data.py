@@ -927,6 +927,7 @@ def test_what_needs_a_decoder_says_what_to_install(tmp_path, monkeypatch):
         hear(tmp_path / "memo.m4a")
 
 
+@pytest.mark.slow
 def test_a_long_sound_is_heard_in_bounded_memory(tmp_path):
     import resource
 

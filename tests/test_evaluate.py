@@ -268,6 +268,7 @@ def net(held, tmp_path_factory):
     return evaluate.train_syncnet(held, tmp_path_factory.mktemp("sync"), 150)
 
 
+@pytest.mark.slow
 def test_syncnet_tells_pairs_from_strangers_and_finds_the_offset_of_late_lips(held, net):
     net, facts = net
     mel = held.sync_sound()
@@ -392,6 +393,7 @@ def test_without_couplings_the_flow_is_linear_and_its_checkpoint_an_ordinary_one
     assert (z[0] + z[1] - z[2] - z[3]).abs().max() < 1e-3 < z.abs().max()
 
 
+@pytest.mark.slow
 def test_learned_lambdas_move_and_stay_one_number_a_scale(held, tmp_path):
     config = talkingflow.dataclasses.replace(held.config, steps=4, hidden=8)
     trainer = talkingflow.Trainer(config, held.clips, tmp_path, "cpu")
@@ -619,6 +621,7 @@ def answers_of(key, rater, score, check=True):
     return rows
 
 
+@pytest.mark.slow
 def test_the_rating_page_is_one_blind_file(evaluated, capsys):
     assert (
         evaluate.main(

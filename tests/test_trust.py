@@ -280,7 +280,7 @@ def test_a_disk_that_fills_up_ends_training_in_one_line_and_keeps_what_was_saved
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".csv", ".npy", ".html", ".gif"])
+@pytest.mark.parametrize("suffix", thinned([".npz", ".csv", ".npy", ".html", ".gif"], every=3))
 def test_a_disk_too_small_for_a_sample_leaves_nothing_of_it(spoken, tmp_path, suffix):
     wav = sound(tmp_path)
     with full_disk(10_000):
@@ -359,6 +359,7 @@ def test_a_stream_ends_with_its_reader(spoken, monkeypatch):
         assert talkingflow.main(["stream", "--checkpoint", str(spoken)]) == 0
 
 
+@pytest.mark.slow
 def test_a_program_without_stdout_and_stderr_trains_and_samples(waves, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", None)
@@ -372,6 +373,7 @@ def test_a_program_without_stdout_and_stderr_trains_and_samples(waves, tmp_path,
     assert Path("x.npz").is_file()
 
 
+@pytest.mark.slow
 def test_training_works_in_a_thread_and_leaves_the_signals_alone(waves, tmp_path):
     handlers, results = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], []
     out = str(tmp_path / "run")
