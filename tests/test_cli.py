@@ -98,6 +98,16 @@ def test_training_leaves_the_promised_files_and_prints_the_references(trained):
     assert not list(out.glob(".*"))  # no temporary file stays
 
 
+def test_a_reference_that_too_few_clips_would_make_up_is_left_out(tmp_path):
+    """A VAR(3) that 10 clips are fitted by is worse than nothing by any number of nats."""
+    prepare_data.synthetic(tmp_path / "few", clips=10)
+    tiny = ["--steps", "1", "--hidden", "8", "--steps_per_scale", "1"]
+    printed = run(tmp_path, "train", "--data", "few", "--out", "here", *tiny).stdout
+    assert "gap to the optimum" in printed and "VAR(" not in printed
+    figures = json.loads((tmp_path / "here" / "figures.json").read_text())
+    assert "optimum" in figures and not [name for name in figures if name.startswith("var")]
+
+
 @pytest.mark.slow  # a process that imports PyTorch
 def test_importing_builds_and_prints_nothing(tmp_path):
     command = [sys.executable, "-c", "import talkingflow"]
