@@ -19,19 +19,20 @@ SHRINK = 8
 DEVIATIONS = {
     name: " ".join(text.split())
     for name, text in {
-        "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears the
-        same look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8
+        "all": """Tracks are this project's: face box, head motion kept, identity kept; every system hears
+        the same look-ahead as the flows instead of its own delay; Adam at 1e-3 with a cosine, best of 8
         validations, as many steps as the flows (8 windows each, Chen and Ji 16 times 16 frames as released)
-        instead of days at the release's rate with batches of 128 (Eskimez) and 32 (Lu); Adam's usual betas;
-        gradients clipped at 1; Keras', He's or Glorot's start; widths are the release's over {size} (where
-        that is not 1: LSTMs over 2, Lu's head over 4). Test-time edits of the releases (mouth amplification,
-        smoothing) are left out""",
+        instead of days at the release's rate with batches of 128 (Eskimez) and 32 (Lu); the flows' other
+        voices, rooms and microphones in training; Adam's usual betas; gradients clipped at 1; Keras', He's
+        or Glorot's start; widths are the release's over {size} (where that is not 1: LSTMs over 2, Lu's
+        head over 4). Test-time edits of the releases (mouth amplification, smoothing) are left out""",
         "eskimez": """our mel bands and window in place of 64 bands of 40 ms; no alignment by the eyes and no
         identity removal; no delayed target; what each layer reads is standardised, and the last one starts at
         the mean face""",
-        "chen": """MFCC of our 40-band mel by DCT; the 28-column patch ends with the look-ahead; 20 components
-        in place of 6, because these faces keep their head motion, which takes the first ones; the example is
-        the window's own first true frame, so this row is told the person's face""",
+        "chen": """MFCC of our 40-band mel by DCT, of the sound as recorded, the one system that hears no
+        other voices, rooms and microphones in training; the 28-column patch ends with the look-ahead; 20
+        components in place of 6, because these faces keep their head motion, which takes the first ones;
+        the example is the window's own first true frame, so this row is told the person's face""",
         "ji": """68 points and 20 components in place of 106 and 16; no emotion labels exist here: the emotion
         branch learns with the rest and its code is whatever lowers the loss; without labels and aligned
         sentence pairs there is no classifier and no cross-reconstruction to pre-train on; the example is the
@@ -411,21 +412,22 @@ def columns_for(net, held, windows, T):
 
 
 def fit(net, held, steps, seed):
-    """Adam on random training windows, cosine from 1e-3; the weights that did best of 8 validations are
-    kept."""
+    """Adam on random training windows, whose sound varies as it does for the flows, cosine from 1e-3; the
+    weights that did best of 8 validations are kept."""
     clips, T = held.clips, net.T or held.T
+    other_sound = {name: getattr(held.config, name) for name in ("vtlp", "tilt", "channel")}
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
-    def loss(windows, generator):
-        x, c = clips.batch(windows, T, held.lead, held.noise, generator)
+    def loss(windows, generator, **other_sound):
+        x, c = clips.batch(windows, T, held.lead, held.noise, generator, **other_sound)
         return net.loss(x.to(held.device), c.to(held.device), columns_for(net, held, windows, T))
 
     best, kept, fixed = math.inf, None, clips.windows("val", T, 32)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
         optimizer.zero_grad()
-        loss(clips.draw(net.count, T, generator), generator).backward()
+        loss(clips.draw(net.count, T, generator), generator, **other_sound).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         if step % max(1, steps // 8) == 0 or step == steps:

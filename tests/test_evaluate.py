@@ -1,5 +1,7 @@
 """Every metric against a known answer (an invariance, a closed form), the rows, the commands."""
 
+import copy
+import dataclasses
 import json
 import math
 import re
@@ -37,7 +39,7 @@ from study.metrics import (
 )
 from study.rating import QUESTIONS, mean_opinion, ratings_needed
 from study.syncnet import SyncNet, sync_offset, sync_score
-from study.systems import SYSTEMS, Lu
+from study.systems import SYSTEMS, Lu, fit
 from talkingflow import Clips
 
 FPS = 25
@@ -436,6 +438,17 @@ def test_compared_systems_hear_no_later_than_the_common_look_ahead(held, name):
     assert torch.equal(a[:, :, : t + 1], b[:, :, : t + 1]) and not torch.equal(
         a[:, :, t + 1 :], b[:, :, t + 1 :]
     )
+
+
+def test_compared_systems_train_on_the_sounds_that_the_flows_hear(held, monkeypatch):
+    heard, other_sound = [], {"vtlp": 0.3, "tilt": 1.5, "channel": 0.0}
+    held = copy.copy(held)
+    held.config, held.clips = dataclasses.replace(held.config, **other_sound), copy.copy(held.clips)
+    batch = held.clips.batch
+    monkeypatch.setattr(held.clips, "batch", lambda *a, **sound: heard.append(sound) or batch(*a, **sound))
+    x, c, _ = held.training(20)
+    fit(SYSTEMS["eskimez"][1](held, x, c, 64), held, 2, 0)
+    assert [sound for sound in heard if sound] == [other_sound] * 2  # validations hear the recording
 
 
 def test_lu_takes_a_face_apart_and_puts_it_together_and_samples_as_it_trains(held):
