@@ -214,6 +214,17 @@ def find_checkpoint(args):
     return PRETRAINED if found.resolve() == PRETRAINED else found
 
 
+def open_flow(checkpoint, args):
+    """The flow of a checkpoint on --device, ready to speak, and the dict that it came from."""
+    from csrc.device import few_threads
+    from talkingflow import choose_device, load_checkpoint
+
+    device = choose_device(args.device)
+    flow, state = load_checkpoint(checkpoint, device)
+    few_threads(device, flow.config.hidden)
+    return flow, state
+
+
 def invented(data):
     """Whether all that a model has seen are synthetic talkers."""
     return all(source["extractor"] == "exact" for source in data["sources"])
@@ -277,10 +288,10 @@ def utterance(args, checkpoint, data, talkers):
 
 def sample(args):
     """`python talkingflow.py sample`: landmarks for a sound, written in the format of --out's suffix."""
-    from talkingflow import Talker, choose_device, load_checkpoint
+    from talkingflow import Talker
 
     checkpoint = find_checkpoint(args)
-    flow, state = load_checkpoint(checkpoint, choose_device(args.device))
+    flow, state = open_flow(checkpoint, args)
     data, faces = state["data"], args.num_samples
     out = sample_name(args, checkpoint)
     if args.audio:
@@ -320,10 +331,10 @@ def sample(args):
 
 def stream(args):
     """`python talkingflow.py stream`: raw 16-bit mono PCM on stdin -> a JSON line a frame on stdout, live."""
-    from talkingflow import Talker, choose_device, load_checkpoint
+    from talkingflow import Talker
 
     checkpoint = find_checkpoint(args)
-    flow, state = load_checkpoint(checkpoint, choose_device(args.device))
+    flow, state = open_flow(checkpoint, args)
     warn_of_talkers(args, checkpoint, state["data"])
     rate, rest = open_pcm(sys.stdin.buffer)
     if rate not in (None, args.rate):
