@@ -116,7 +116,7 @@ def configure(args, clips):
     """The preset, then what the data asks for, then the flags."""
     from talkingflow import Config
 
-    # lead, noise, tilt; the synthetic talkers also ask for dropout and steps
+    # what prepare_data.py has written there: look-ahead, noise, other voices; dropout and steps of talkers
     asked = clips.meta["defaults"]
     wanted = {name: asked[name] for name in asked if args.preset == "demo" or name in ("lead", "noise")}
     wanted |= {"dim": clips.dim, "cond_dim": clips.cond_dim} | (
@@ -402,11 +402,14 @@ def truth_value(text):
     return text.lower() in ("true", "1")
 
 
+DEVICE = {"default": "auto", "help": "auto, cpu, cuda or cuda:N [auto]"}
+
+
 def shared_flags():
     """-> (flags of every command, flags of the commands that speak), as parents of their parsers."""
     shared, voice = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    voice.add_argument("--device", **DEVICE)
     voice.add_argument("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
     flag, scale = voice.add_argument, {"type": bounded(float, 0, 3), "default": 1.0, "metavar": "S"}
     temperature = {"type": bounded(float, 0, 10), "default": 1.0}
@@ -416,7 +419,7 @@ def shared_flags():
     flag("--still", action="store_true", help="the same as --head 0")
     flag("--face", metavar="FILE", help="draw on this face: .npz, .npy, .csv or a picture")
     switch = {"action": argparse.BooleanOptionalAction, "default": True}
-    flag("--denoise", help="without the training noise, no draws of the density then", **switch)
+    flag("--denoise", help="leave out the training noise; --no-denoise: draws of the density [on]", **switch)
     return shared, voice
 
 
@@ -427,6 +430,7 @@ def train_flags(flag):
     flag("--out", help="the run's folder [runs/NNN-PRESET-DATA]")
     flag("--resume", action="store_true", help="go on with the run in --out [the newest one]")
     flag("--force", action="store_true", help="overwrite the run in --out")
+    flag("--device", **DEVICE)
 
 
 def sample_flags(flag):
