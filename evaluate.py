@@ -8,7 +8,7 @@ which no number means anything, and the listening test.
 
 Markdown goes to stdout and to results.md in --out, progress to stderr; results.json, figures and a cached
 file a row go to --out too: a stopped run goes on. Reading order: held-out clips, anchors, flows, compared
-systems, scoring, tables.
+systems, scoring; the tables are in study/tables.py.
 
 One rule for "truth": the held-out recording itself. Likelihood and coverage, which ask about the density, are
 of it plus the dequantisation noise that models are trained on, drawn once, by --seed (none on the synthetic

@@ -1,13 +1,13 @@
 """TalkingFlow: talking-face landmarks from speech with a causal, conditional, weighted multi-scale
-normalizing flow. The whole method in this one file: the flow, its prior, the trainer, the sampler. Read it
-top to bottom.
+normalizing flow. The whole method, to read top to bottom: the flow, its prior, the trainer, the sampler.
 
     python talkingflow.py train                   make synthetic talkers and train on them, minutes on a CPU
     python talkingflow.py sample                  write a self-contained .html player: faces speak a sound
     python talkingflow.py sample --audio me.wav   the same for your own sound
     python talkingflow.py stream < speech.pcm     one JSON line a frame, while the sound arrives
+    python talkingflow.py live                    the same as one page, microphone to faces in a browser
 
-[1] Liang et al.: TalkingFlow, talking facial landmark generation with multi-scale normalizing flows
+[1] Liang et al.: TalkingFlow: Talking facial landmark generation with multi-scale normalizing flow network
 [2] Kingma, Dhariwal: Glow, arXiv 1807.03039     [3] Dinh, Sohl-Dickstein, Bengio: Real NVP, arXiv 1605.08803
 [4] van den Oord et al.: PixelCNN decoders (the gate), arXiv 1606.05328
 
@@ -29,7 +29,7 @@ import sys
 
 
 def main(argv=None):
-    """Run a command line, `train`, `sample` or `stream` -> exit status. The commands are in cli.py."""
+    """Run a command line, `train`, `sample`, `stream` or `live` (cli.py) -> exit status."""
     import cli
 
     return cli.main(argv)

@@ -178,7 +178,8 @@ def check_length(frames, seconds, fps, cut):
     off = abs(frames / fps - seconds)
     fits = [rate for rate in RATES if abs(frames / rate - seconds) < min(off, 1 / rate)]
     fits.sort(key=lambda rate: abs(frames / rate - seconds))
-    allowed = max(0.95 / fps, min(0.2, 0.01 * seconds), 0.0005 * seconds)  # less than a frame, or 1 %
+    # less than a frame, or 1 %, at most 0.2 s until that is 0.05 %
+    allowed = max(0.95 / fps, min(0.2, 0.01 * seconds), 0.0005 * seconds)
     end = frames / fps  # 29.97 is not 30, once it makes more than 10 ms
     close = [rate for rate in fits if abs(rate / fps - 1) < 0.01 and abs(frames / rate - end) > 0.01]
     if off > allowed or close:

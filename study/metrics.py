@@ -16,7 +16,7 @@ from media.talkers import SyntheticFace
 
 def mean_interocular(track):
     """Mean distance between the outer eye corners of tracks (N, T, 136) -> (N,): the unit of every distance
-    here."""
+    here. (The training noise counts in distances of the eyes' centres, media/survey.py.)"""
     p = points(track)
     return np.linalg.norm(p[..., EYES[0], :] - p[..., EYES[1], :], axis=-1).mean(-1)
 

@@ -309,7 +309,7 @@ def test_hopper_takes_slices_and_leaves_the_rest_to_the_tensor_cores(backend):
 @pytest.mark.slow  # compiles
 @needs_gxx
 def test_the_rung_for_hopper_is_taken_where_it_fills_the_gpu(on_cpus, tmp_path):
-    """gated_conv_version for bfloat16, with the real threshold of 96 blocks; the emulator is a Hopper."""
+    """gated_conv_version for bfloat16, with the real threshold of 48 blocks; the emulator is a Hopper."""
     shapes = {  # B, T, C, H, aligned: the version
         (128, 80, 256, 256, 1): 5,
         (128, 256, 128, 128, 1): 5,

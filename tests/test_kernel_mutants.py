@@ -467,7 +467,7 @@ def print_table(results):
     print(f"{sum(bool(found) for _, found in results)} of {len(results)} found")
 
 
-@pytest.mark.slow  # 128 builds
+@pytest.mark.slow  # a build each
 @pytest.mark.skipif(NO_GXX is not None, reason=NO_GXX or "")
 def test_every_planted_fault_is_found():
     results = run_all()

@@ -176,7 +176,7 @@ def hostile_tensors(tensor):
 
 @pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_value_of_a_checkpoint_may_be_hostile(tmp_path, share):
-    """Sealed files, one value each replaced or left out (without --slow a fifth of them). Either the file is
+    """Sealed files, one value each replaced or left out (without --slow a tenth of them). Either the file is
     refused in one line, or the face that it describes speaks; nothing else is raised, no memory is taken."""
     path, state, tried, refused, rng = tmp_path / "checkpoint.pt", tiny(), 0, 0, random.Random(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
