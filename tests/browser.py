@@ -20,7 +20,7 @@ class Browser:
         if program is None:
             pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed")
         (read, self.write), (self.read, write) = os.pipe(), os.pipe()  # Chromium reads from 3 and writes to 4
-        self.profile = tempfile.TemporaryDirectory()
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # Chromium writes to the last
         flags = ["--headless", "--no-sandbox", "--remote-debugging-pipe", "--mute-audio", *flags]
         flags += ["--disable-gpu", f"--user-data-dir={self.profile.name}"]
         # through descriptors above 4, so that neither end is overwritten before it is copied
