@@ -61,7 +61,7 @@ from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
 from media.console import CLEAR, Interrupt, UserError
 from media.folder import TrainingFolder
 from media.limits import check_config
-from media.sound import Mel, vary  # noqa: F401 (Mel and Talker are part of this file's contract)
+from media.sound import Mel, other_sound, vary  # noqa: F401 (Mel and Talker: this file's contract)
 from media.talker import Talker  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------
@@ -769,8 +769,8 @@ class Trainer:
             group["lr"].fill_(config.lr * share * group["scale"])
         self.fade.fill_(config.mean_loss * max(config.mean_loss_final, 1 - self.step / (0.7 * self.steps)))
         windows = self.clips.draw(config.batch_size, self.T, self.generator)
-        other_sound = {name: getattr(config, name) for name in ("vtlp", "tilt", "channel")}
-        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator, **other_sound)
+        noise, other = config.noise, other_sound(config)
+        x, c = self.clips.batch(windows, self.T, config.lead, noise, self.generator, **other)
         x, c = (v[self.rank :: self.world] for v in (x, c))  # so that N processes do what one would
         if self.device.type == "cuda":  # from pinned memory, so that the copy need not wait for the last step
             x, c = (v.pin_memory().to(self.device, non_blocking=True) for v in (x, c))

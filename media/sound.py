@@ -137,6 +137,11 @@ def vary(columns, mel, rng, vtlp=0.0, tilt=0.0, channel=0.0):
     return (columns + lean).astype(np.float32)
 
 
+def other_sound(config):
+    """What a Config asks of `vary`."""
+    return {name: getattr(config, name) for name in ("vtlp", "tilt", "channel")}
+
+
 def import_librosa():
     """librosa. Its compiled functions are kept beside it or in the user's cache; where neither can be written
     (packages installed by another user, no home), in a temporary folder."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from media.console import UserError
 from media.landmarks import points
+from media.sound import other_sound
 from study.syncnet import SyncNet
 
 # On a CPU: the releases' widths over this, their LSTMs' over 2, Lu's head's over 4; 1 with --release-sizes
@@ -415,19 +416,19 @@ def fit(net, held, steps, seed):
     """Adam on random training windows, whose sound varies as it does for the flows, cosine from 1e-3; the
     weights that did best of 8 validations are kept."""
     clips, T = held.clips, net.T or held.T
-    other_sound = {name: getattr(held.config, name) for name in ("vtlp", "tilt", "channel")}
+    other = other_sound(held.config)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
-    def loss(windows, generator, **other_sound):
-        x, c = clips.batch(windows, T, held.lead, held.noise, generator, **other_sound)
+    def loss(windows, generator, **other):
+        x, c = clips.batch(windows, T, held.lead, held.noise, generator, **other)
         return net.loss(x.to(held.device), c.to(held.device), columns_for(net, held, windows, T))
 
     best, kept, fixed = math.inf, None, clips.windows("val", T, 32)
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / (steps + 1)))
         optimizer.zero_grad()
-        loss(clips.draw(net.count, T, generator), generator, **other_sound).backward()
+        loss(clips.draw(net.count, T, generator), generator, **other).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         if step % max(1, steps // 8) == 0 or step == steps:

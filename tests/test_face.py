@@ -1,11 +1,13 @@
 """A face worth watching: the level of the sound, denoised faces, head and lips apart, one's own face."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 import librosa
 import numpy as np
 import pytest
+import regressor
 import soundfile
 import torch
 from faces import at_rest
@@ -341,6 +343,7 @@ def test_a_face_file_gives_the_frames_with_the_most_closed_mouth(pretrained, tmp
             read_face(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_without_a_wav_the_shipped_sentence_is_spoken_beside_its_recorded_face(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert talkingflow.main(["sample", "--out", "x.npz", "--num-samples", "1", "--device", "cpu"]) == 0
@@ -387,3 +390,14 @@ def test_channels_that_cancel_are_named(tmp_path, capsys):
         soundfile.write(tmp_path / "two.wav", np.stack([voice(), sign * voice()], 1), 16000)
         list(read_sound(tmp_path / "two.wav"))
         assert ("cancel" in capsys.readouterr().err) == (sign < 0)
+
+
+@pytest.mark.slow
+def test_the_regressor_prints_how_the_mouth_follows_the_sound(talkers, monkeypatch, capsys):
+    """Of talkers heard absolutely, which a quieter microphone takes from it."""
+    how = "--seeds 1 --steps 300 --vtlp 0 --channel 0 --level 0"
+    monkeypatch.setattr(sys, "argv", f"regressor.py --data {talkers} --others {talkers} {how}".split())
+    regressor.main()
+    names, _, row = (line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines())
+    found = {name.strip(): float(cell.split()[0]) for name, cell in zip(names, row, strict=True)}
+    assert found["+0 dB"] > 0.8 and found["talkers +0 dB"] > 0.8 and found["-24 dB"] < 0.5, found

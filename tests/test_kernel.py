@@ -474,7 +474,8 @@ OPCHECKS = [(torch.float32, True, 2), (torch.bfloat16, True, 2), (torch.float64,
 OPCHECKS += [(torch.float32, True, 0)]  # dtype, save, B
 
 
-@pytest.mark.parametrize("case", thinned(OPCHECKS, every=4))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OPCHECKS)
 def test_opcheck(backend, case):
     dtype, save, B = case
     x, w, b, c = inputs(B, 5, 3, 7, 2, dtype=dtype, device=backend.device)

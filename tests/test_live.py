@@ -323,6 +323,7 @@ def test_reduced_motion_begins_with_a_still_head(browser, pages):
     assert heads == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_self_contained_page(browser, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert talkingflow.main(["live"]) == 0 and "live.html: 2." in capsys.readouterr().out
