@@ -11,6 +11,7 @@ import regressor
 import soundfile
 import torch
 from faces import at_rest
+from languages import Synthesiser, area, measure
 
 import talkingflow
 from cli import PRETRAINED
@@ -401,3 +402,21 @@ def test_the_regressor_prints_how_the_mouth_follows_the_sound(talkers, monkeypat
     names, _, row = (line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines())
     found = {name.strip(): float(cell.split()[0]) for name, cell in zip(names, row, strict=True)}
     assert found["+0 dB"] > 0.8 and found["talkers +0 dB"] > 0.8 and found["-24 dB"] < 0.5, found
+
+
+def test_the_area_is_the_share_of_pairs_in_order():
+    phonemes = [(0.0, "m"), (0.1, "a"), (0.2, "t"), (0.3, "b"), (0.4, "aɪ"), (0.5, "")]
+    track = np.arange(5.0)  # 10 frames a second: m at 0, a at 1, b at 3, aɪ at 4
+    assert area([track], [phonemes], 10) == (3 / 4, 2.5, 1.5)
+
+
+@pytest.mark.slow
+def test_lips_close_for_p_b_and_m_in_a_language_that_no_training_heard(pretrained):
+    pytest.importorskip("espeakng_loader", reason="no synthesiser: pip install espeakng-loader")
+    right, before, loud, opened, closed = measure(*pretrained, Synthesiser(), "de")
+    assert right > 0.8 > 0.6 > before and loud > 0.9 and opened > 1.5 * closed, (
+        right,
+        before,
+        opened,
+        closed,
+    )
