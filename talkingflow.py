@@ -53,7 +53,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from csrc.device import Captured, Processes, choose_device, dropout, few_threads, network_precision
+from csrc.device import Captured, Processes, choose_device, dropout, few_threads, fused, network_precision
 from csrc.gated_conv import fused_gated_conv, kernel_runs, load_kernel
 from csrc.one_frame import OneFrame
 from csrc.recursion import by_doubling
@@ -61,7 +61,7 @@ from media.checkpoint import describe, fits, read_checkpoint, write_checkpoint
 from media.console import CLEAR, Interrupt, UserError
 from media.folder import TrainingFolder
 from media.limits import check_config
-from media.sound import Mel, other_sound, vary  # noqa: F401 (Mel and Talker: this file's contract)
+from media.sound import Mel, heard, vary  # noqa: F401 (Mel and Talker: this file's contract)
 from media.talker import Talker  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------
@@ -107,6 +107,7 @@ class Config:
     channel: float = 0.0  # share of windows in noise, by telephone, clipped, each (ours; the data decides)
     precision: str = "auto"  # of the ConditionTCNs in training: float32, bfloat16; auto: the faster one
     recompute: bool = False  # compute the ConditionTCNs again in the backward pass instead of storing them
+    compile: bool = False  # fuse a step by torch.compile: 1.3 to 1.7 times as fast on a CPU after a minute
     eval_interval: int = 200  # steps between validations
     seed: int = 0  # of the weights, the batches and the noise
 
@@ -303,8 +304,7 @@ class AffineCoupling(nn.Module):
 
     def scale_shift(self, xa, c):
         s, t = self.net(xa, c).chunk(2, 2)  # Eq. 8
-        # an unbounded exp(s) blows up the inverse before the loss
-        return self.bound * torch.tanh(s / self.bound), t
+        return self.bound * torch.tanh(s / self.bound), t  # unbounded, exp(s) blows up the inverse first
 
     def forward(self, x, c):
         xa, xb = x.split(self.sizes, 2)  # Eq. 7
@@ -758,7 +758,8 @@ class Trainer:
         for net in self.flow.modules():  # not the flow around them: its inverse stays exact in float32
             if isinstance(net, ConditionTCN):
                 net.precision = network_precision(config.precision, config.hidden, self.device)
-        self.model = self.processes.join(Objective(self.flow))  # after the start, which is the same in all
+        objective = fused(Objective(self.flow)) if config.compile else Objective(self.flow)
+        self.model = self.processes.join(objective)  # after the start, which is the same in all
         graph = self.device.type == "cuda" and self.world == 1
         self.advance = Captured(self.update, self.device) if graph else self.update
 
@@ -769,8 +770,7 @@ class Trainer:
             group["lr"].fill_(config.lr * share * group["scale"])
         self.fade.fill_(config.mean_loss * max(config.mean_loss_final, 1 - self.step / (0.7 * self.steps)))
         windows = self.clips.draw(config.batch_size, self.T, self.generator)
-        noise, other = config.noise, other_sound(config)
-        x, c = self.clips.batch(windows, self.T, config.lead, noise, self.generator, **other)
+        x, c = self.clips.batch(windows, self.T, config.lead, config.noise, self.generator, **heard(config))
         x, c = (v[self.rank :: self.world] for v in (x, c))  # so that N processes do what one would
         if self.device.type == "cuda":  # from pinned memory, so that the copy need not wait for the last step
             x, c = (v.pin_memory().to(self.device, non_blocking=True) for v in (x, c))

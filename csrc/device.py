@@ -2,6 +2,7 @@
 launches."""
 
 import os
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -47,9 +48,23 @@ def dropout(x, p):
     dropped = min(round(256 * p), 255)
     if x.is_cuda or not dropped:
         return F.dropout(x, p)
-    drawn = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-    kept = drawn.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-    return x * (kept * (256 / (256 - dropped)))
+    drawn = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),))  # eight bytes at a time
+    drawn = drawn.view(torch.uint8)[: x.numel()].view(x.shape)
+    if torch.compiler.is_compiling():
+        drawn = drawn.float()  # of bytes it makes no vector instructions
+    return x * ((drawn >= dropped) * (256 / (256 - dropped)))
+
+
+def fused(model):
+    """A model whose training steps torch.compile fuses, so that what surrounds the products (gates, copies of
+    the taps, dropout) goes through memory once, not once an operation. It writes and compiles C++ for one or
+    two minutes, and keeps that for the next run. Random numbers stay those of PyTorch, and so do the losses.
+    """
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("compile: no C++ compiler vs g++ or clang++. Install one, or leave out --compile")
+    print("compile: the first step takes a minute or two", flush=True)
+    model.compile(dynamic=False, options={"fallback_random": True})
+    return model
 
 
 class Processes:

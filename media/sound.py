@@ -137,8 +137,8 @@ def vary(columns, mel, rng, vtlp=0.0, tilt=0.0, channel=0.0):
     return (columns + lean).astype(np.float32)
 
 
-def other_sound(config):
-    """What a Config asks of `vary`."""
+def heard(config):
+    """How training hears its sound, by a Config: what it asks of `vary`."""
     return {name: getattr(config, name) for name in ("vtlp", "tilt", "channel")}
 
 

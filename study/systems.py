@@ -12,7 +12,7 @@ from torch import nn
 
 from media.console import UserError
 from media.landmarks import points
-from media.sound import other_sound
+from media.sound import heard
 from study.syncnet import SyncNet
 
 # On a CPU: the releases' widths over this, their LSTMs' over 2, Lu's head's over 4; 1 with --release-sizes
@@ -416,7 +416,7 @@ def fit(net, held, steps, seed):
     """Adam on random training windows, whose sound varies as it does for the flows, cosine from 1e-3; the
     weights that did best of 8 validations are kept."""
     clips, T = held.clips, net.T or held.T
-    other = other_sound(held.config)
+    other = heard(held.config)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 

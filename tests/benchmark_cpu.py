@@ -11,6 +11,7 @@ layer's sound, the 1x1 matrices inverted in every call, plain Adam, a stream tha
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from peers import installed, out_of
 
+from csrc.device import fused
 from talkingflow import ConditionTCN, Config, Objective, TalkingFlow, build_optimizer
 
 SIZES = {  # hidden: Config fields, frames a window
@@ -72,10 +74,10 @@ def build(fields, T):
     return flow, x, c
 
 
-def training_step(flow, x, c, plain=False):
+def training_step(flow, x, c, plain=False, fuse=False):
     """A function that takes one step, as the trainer does or as a textbook does."""
-    objective, config, fade = Objective(flow), flow.config, torch.tensor(0.1)
-    ours = build_optimizer(flow, config)
+    objective, fade = fused(Objective(flow)) if fuse else Objective(flow), torch.tensor(0.1)
+    ours = build_optimizer(flow, flow.config)
     for group in ours.param_groups:
         group["lr"].fill_(1e-4)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-4) if plain else ours
@@ -168,6 +170,18 @@ def measure(hidden, count):
             net.precision = torch.bfloat16
     a, b, ratio = pairs(training_step(plain, x, c, True), training_step(half, x, c), count)
     yield f"  bfloat16 networks    {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
+    if shutil.which("g++"):
+        for what, kinds in (
+            ("compiled", (plain, ours)),
+            ("dropout 0.15", dropping),
+            ("bfloat16", (plain, half)),
+        ):
+            plain_step, fused_step = (
+                training_step(kinds[0], x, c, True),
+                training_step(kinds[1], x, c, fuse=True),
+            )
+            a, b, ratio = pairs(plain_step, fused_step, count)
+            yield f"  {what:20} {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
     again = build(fields | {"recompute": True}, T)[0]
     a, b, ratio = pairs(training_step(ours, x, c), training_step(again, x, c), count)
     stored, recomputed = saved_megabytes(ours, x, c), saved_megabytes(again, x, c)

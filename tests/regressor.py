@@ -38,7 +38,7 @@ def train(clips, config):
 
     def batch(count):
         windows = clips.draw(count, config.seq_len, generator)
-        x, c = clips.batch(windows, config.seq_len, config.lead, 0, generator, **sound.other_sound(config))
+        x, c = clips.batch(windows, config.seq_len, config.lead, 0, generator, **sound.heard(config))
         return torch.from_numpy(np.stack([gap(track) for track in x.numpy()])), c
 
     (y_std, y_mean), (c_std, c_mean) = (torch.std_mean(v, (0, 1)) for v in batch(512))
@@ -97,7 +97,7 @@ def main():
     for folder in (clips, *others):
         hear_anew(folder, args.level)
     config = Config(cond_dim=clips.cond_dim, seq_len=64, steps=args.steps, lr=6e-3, dropout=0.05)
-    config, rows = dataclasses.replace(config, lead=args.lead, **sound.other_sound(args)), []
+    config, rows = dataclasses.replace(config, lead=args.lead, **sound.heard(args)), []
     for seed in range(args.seeds):
         mouth = train(clips, dataclasses.replace(config, seed=seed))
         row = [*judge(mouth, clips, clips.split("val")[:60], args.lead, OWN | SILENCES)]

@@ -3,6 +3,7 @@ integration."""
 
 import copy
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -384,6 +385,27 @@ def test_bfloat16_networks_train_and_the_flow_around_them_stays_exact(waves, tmp
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.05, losses
     flow, (x, c) = short.flow.eval(), short.held["val"][0]
     assert (flow.inverse(flow(x, c)[0], c) - x).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
+def test_compiled_steps_are_the_same_steps_with_dropout_too(waves, tmp_path):
+    found = []
+    for compiled in (False, True):
+        short = trainer(waves, tmp_path / str(compiled), compile=compiled, recompute=True, dropout=0.3)
+        for _ in range(5):
+            short.train_step()
+        assert bool(short.model._compiled_call_impl) == compiled
+        x, c = short.held["val"][0]
+        found.append(short.flow.eval().nll(x, c).detach())
+    assert (found[0] - found[1]).abs().max() < 2e-5, found
+
+
+def test_without_a_compiler_nothing_is_compiled(waves, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match="no C.. compiler vs g"):
+        trainer(waves, tmp_path / "run", compile=True)
 
 
 def test_a_share_of_the_error_of_the_mean_stays_to_the_end(waves, tmp_path):
