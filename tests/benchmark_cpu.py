@@ -8,6 +8,7 @@ Every ratio is the median of pairs taken in turn in one process, in CPU time of 
 machine changes it little. The textbook form computes the same numbers from the same weights (checked
 below, gradients too): channels in the middle and nn.functional.conv1d, a convolution of its own for every
 layer's sound, the 1x1 matrices inverted in every call, plain Adam, a stream that computes its past again.
+`recompute` stands beside our own step, neither recomputed nor compiled. Compiling takes ten minutes in all.
 """
 
 import argparse
@@ -107,9 +108,11 @@ def pairs(plain, ours, count):
     return a, b, statistics.median(p / o for p, o in times)
 
 
-def saved_megabytes(flow, x, c):
+def saved_megabytes(flow, x, c, fuse=False):
     """What autograd keeps of one forward pass, MB, each storage once, weights left out."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in flow.parameters()}
+    objective, fade = fused(Objective(flow)) if fuse else Objective(flow), torch.tensor(0.1)
+    objective(x, c, fade)  # what compiling it keeps is not counted
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
@@ -117,7 +120,7 @@ def saved_megabytes(flow, x, c):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = Objective(flow)(x, c, torch.tensor(0.1))[1]
+        loss = objective(x, c, fade)[1]
     del loss
     return sum(kept.values()) / 1e6
 
@@ -149,6 +152,27 @@ def gradients(flow, x, c):
     return torch.cat([p.grad.flatten() for p in flow.parameters()])
 
 
+def training(fields, x, c, count, fuse):
+    """The lines of a training step: ours as it is, or fused by torch.compile."""
+    plain, ours, half = (build(fields, x.shape[1])[0] for _ in range(3))
+    dropping = [build(fields | {"dropout": 0.15}, x.shape[1])[0] for _ in range(2)]
+    as_textbook(plain), as_textbook(dropping[0])
+    for net in half.modules():
+        if isinstance(net, ConditionTCN):
+            net.precision = torch.bfloat16
+    kinds = {"training step": (plain, ours), "  dropout 0.15": dropping, "  bfloat16 networks": (plain, half)}
+    for name, (theirs, flow) in kinds.items():
+        a, b, ratio = pairs(training_step(theirs, x, c, True), training_step(flow, x, c, fuse=fuse), count)
+        share = step_gigaflop(ours, x.shape[1]) / b * 1e3 / gemm_peak()
+        note = f"   ({share:.0%} of the GEMM peak)" if name == "training step" else ""
+        yield f"{name:20} {a:10.1f} {b:8.1f} ms  {ratio:5.2f}{note}"
+    again = build(fields | {"recompute": True}, x.shape[1])[0]
+    a, b, ratio = pairs(training_step(ours, x, c), training_step(again, x, c, fuse=fuse), count)
+    stored, kept = saved_megabytes(ours, x, c), saved_megabytes(again, x, c, fuse)
+    memory = f"(activations {stored:.0f} -> {kept:.0f} MB: {stored / kept:.1f} x)"
+    yield f"  recompute          {a:10.1f} {b:8.1f} ms  {ratio:5.2f}   {memory}"
+
+
 def measure(hidden, count):
     """The lines of one size."""
     fields, T = SIZES[hidden]
@@ -157,50 +181,24 @@ def measure(hidden, count):
     plain = as_textbook(build(fields, T)[0])
     error = (gradients(plain, x, c) - gradients(ours, x, c)).abs().max() / gradients(ours, x, c).abs().max()
     yield f"gradients differ by {error:.1e} of the largest"
-    a, b, ratio = pairs(training_step(plain, x, c, True), training_step(ours, x, c), count)
-    share = step_gigaflop(ours, T) / b * 1e3 / gemm_peak()
-    yield f"training step          {a:8.1f} {b:8.1f} ms  {ratio:5.2f}   ({share:.0%} of the GEMM peak)"
-    dropping = [build(fields | {"dropout": 0.15}, T)[0] for _ in range(2)]
-    steps = training_step(as_textbook(dropping[0]), x, c, True), training_step(dropping[1], x, c)
-    a, b, ratio = pairs(*steps, count)
-    yield f"  dropout 0.15         {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
-    half = build(fields | {"precision": "bfloat16"}, T)[0]
-    for net in half.modules():
-        if isinstance(net, ConditionTCN):
-            net.precision = torch.bfloat16
-    a, b, ratio = pairs(training_step(plain, x, c, True), training_step(half, x, c), count)
-    yield f"  bfloat16 networks    {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
+    yield from training(fields, x, c, count, False)
     if shutil.which("g++"):
-        for what, kinds in (
-            ("compiled", (plain, ours)),
-            ("dropout 0.15", dropping),
-            ("bfloat16", (plain, half)),
-        ):
-            plain_step, fused_step = (
-                training_step(kinds[0], x, c, True),
-                training_step(kinds[1], x, c, fuse=True),
-            )
-            a, b, ratio = pairs(plain_step, fused_step, count)
-            yield f"  {what:20} {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
-    again = build(fields | {"recompute": True}, T)[0]
-    a, b, ratio = pairs(training_step(ours, x, c), training_step(again, x, c), count)
-    stored, recomputed = saved_megabytes(ours, x, c), saved_megabytes(again, x, c)
-    yield (f"  recompute (to ours)  {a:8.1f} {b:8.1f} ms  {ratio:5.2f}   "
-           f"(activations {stored:.0f} -> {recomputed:.0f} MB: {stored / recomputed:.1f} x)")  # fmt: skip
+        yield "compiled (--compile true)"
+        yield from training(fields, x, c, count, True)
     with torch.no_grad():
         ours.eval(), plain.eval()
         a, b, ratio = pairs(lambda: plain.nll(x, c), lambda: ours.nll(x, c), count)
-        yield f"NLL of a batch         {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
+        yield f"NLL of a batch       {a:10.1f} {b:8.1f} ms  {ratio:5.2f}"
         sound = torch.randn(1, 250, ours.config.cond_dim)
         a, b, ratio = pairs(lambda: plain.sample(sound), lambda: ours.sample(sound), 3 * count)
-        yield f"250 frames, one face   {a:8.1f} {b:8.1f} ms  {ratio:5.2f}"
+        yield f"250 frames, one face {a:10.1f} {b:8.1f} ms  {ratio:5.2f}"
         stream, reach = ours.stream(), 120
         stream.push(sound[:, :100])
         tail = torch.randn(1, reach, ours.config.dim).split(ours.sizes, 2)
         frame = lambda: stream.push(sound[:, 100:101])
         a, b, ratio = pairs(lambda: plain.inverse(tail, sound[:, :reach]), frame, 4 * count)
         again = f"(the textbook's: its last {reach} frames again)"
-        yield f"one streamed frame     {a:8.2f} {b:8.2f} ms  {ratio:5.1f}   {again}"
+        yield f"one streamed frame   {a:10.2f} {b:8.2f} ms  {ratio:5.1f}   {again}"
 
 
 def beside_peers(fields, T, count):
