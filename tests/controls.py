@@ -3,8 +3,8 @@
     python tests/controls.py --data DIR [--checkpoint FILE] [--limit 12]
 
 Root mean square over test clips of a part's standard deviation over time, in distances of the outer eye
-corners: nose and outline where they are, lips and eyes about their own centres; and the correlation over a clip
-of the mouth's opening with that of the face that nothing steers.
+corners: nose and outline where they are, lips and eyes about their own centres; and the correlation over a
+clip of the mouth's opening with that of the face that nothing steers.
 """
 
 import argparse
