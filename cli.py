@@ -88,7 +88,8 @@ def resumed_run(args):
     out, state = found[0].parent, read_checkpoint(found[0])
     clips, config = Clips(args.data or state["data"]["folder"]), Config(**state["config"])
     for name, value in args.config.items():
-        if name not in ("steps", "eval_interval") and (old := getattr(config, name)) != value:
+        may_change = name in ("steps", "eval_interval", "recompute", "compile")
+        if not may_change and (old := getattr(config, name)) != value:
             raise UserError(f"{name}: {value} vs {old} in {out}. Leave it out, or start a new run")
     config = dataclasses.replace(config, **args.config)
     if clips.meta["fingerprint"] != state["data"]["fingerprint"]:

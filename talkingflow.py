@@ -107,7 +107,7 @@ class Config:
     channel: float = 0.0  # share of windows in noise, by telephone, clipped, each (ours; the data decides)
     precision: str = "auto"  # of the ConditionTCNs in training: float32, bfloat16; auto: the faster one
     recompute: bool = False  # compute the ConditionTCNs again in the backward pass instead of storing them
-    compile: bool = False  # fuse a step by torch.compile: 1.3 to 1.7 times as fast on a CPU after a minute
+    compile: bool = False  # fuse a step by torch.compile: 1.2 to 1.7 times as fast on a CPU after a minute
     eval_interval: int = 200  # steps between validations
     seed: int = 0  # of the weights, the batches and the noise
 

@@ -61,7 +61,7 @@ def fused(model):
     two minutes, and keeps that for the next run. Random numbers stay those of PyTorch, and so do the losses.
     """
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise UserError("compile: no C++ compiler vs g++ or clang++. Install one, or leave out --compile")
+        raise UserError("compile: no C++ compiler vs g++ or clang++. Install one, or --compile false")
     print("compile: the first step takes a minute or two", flush=True)
     model.compile(dynamic=False, options={"fallback_random": True})
     return model
