@@ -133,7 +133,7 @@ def points(track):
 
 def flat(p):
     """The other way round: (..., n, 2) -> (..., 2n)."""
-    return p.reshape(*p.shape[:-2], -1)
+    return p.reshape(*p.shape[:-2], 2 * p.shape[-2])  # not -1: there may be no frame yet
 
 
 def lip_points(track):

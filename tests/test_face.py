@@ -320,6 +320,17 @@ def test_a_face_is_drawn_by_the_displacements_from_rest(pretrained):
     assert np.allclose(draw_on(plain, rest, rest), plain, atol=1e-6)
 
 
+def test_blocks_too_short_for_a_frame_are_drawn_on_a_face_too(pretrained):
+    flow, data = pretrained
+    how = {"face": rest_face(flow), "head": 0.5}
+    talker, sound = Talker(flow, data, 16000, **how), voice(1)
+    tracks = [talker.push(block) for block in np.split(sound, range(100, 16000, 300))] + [talker.finish()]
+    assert tracks[0].shape == (1, 0, 136)
+    whole = Talker(flow, data, 16000, **how)
+    whole = np.concatenate([whole.push(sound), whole.finish()], 1)
+    assert np.abs(np.concatenate(tracks, 1) - whole).max() < 1e-5
+
+
 def test_the_eyes_of_one_track_on_another_keep_their_place():
     a, b = np.random.default_rng(0).normal(size=(2, 3, 136))
     out = points(with_eyes_of(a, b))
