@@ -210,8 +210,9 @@ PRETRAINED = METHOD.parent / WEIGHTS
 
 
 def find_checkpoint(args):
-    """--checkpoint, or that of the newest run, or the one that comes with this project."""
+    """--checkpoint (a file or a run's folder), or the newest run's, or the one that comes with this project."""
     found = Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
+    found = found / "checkpoint.pt" if found.is_dir() else found
     return PRETRAINED if found.resolve() == PRETRAINED else found
 
 
@@ -411,7 +412,7 @@ def shared_flags():
     shared, voice = (argparse.ArgumentParser(add_help=False) for _ in range(2))
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     voice.add_argument("--device", **DEVICE)
-    voice.add_argument("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
+    voice.add_argument("--checkpoint", help=f"a run or its checkpoint.pt [the newest run, else {WEIGHTS}]")
     flag, scale = voice.add_argument, {"type": bounded(float, 0, 3), "default": 1.0, "metavar": "S"}
     temperature = {"type": bounded(float, 0, 10), "default": 1.0}
     flag("--temperature", help="of the noise, 0 to 10; 0: the central track [1]", **temperature)
@@ -456,7 +457,7 @@ def stream_flags(flag):
 
 def live_flags(flag):
     """What the page is made of."""
-    flag("--checkpoint", help=f"a run's checkpoint.pt [the newest run's, else {WEIGHTS}]")
+    flag("--checkpoint", help=f"a run or its checkpoint.pt [the newest run, else {WEIGHTS}]")
     flag("--out", default="live.html", help="the page [live.html]")
     flag("--force", action="store_true", help="overwrite --out")
 

@@ -466,7 +466,9 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
         fails(run(folder, "sample", "--checkpoint", path), name, "vs a TalkingFlow checkpoint")
-    fails(run(folder, "sample", "--checkpoint", tmp_path), "a folder")
+    fails(run(folder, "sample", "--checkpoint", tmp_path), f"{tmp_path}/checkpoint.pt: no such file")
+    done = run(folder, "sample", "--checkpoint", "runs/001-demo-talkers", "--out", tmp_path / "run.npy")
+    assert done.returncode == 0 and "by runs/001-demo-talkers/checkpoint.pt" in done.stdout, done.stderr
     fails(run(folder, "sample", "--checkpoint", tmp_path / "none.pt"), "no such file")
     fails(run(tmp_path, "train", "--resume"), "no resume.pt")
 
