@@ -210,7 +210,7 @@ PRETRAINED = METHOD.parent / WEIGHTS
 
 
 def find_checkpoint(args):
-    """--checkpoint (a file or a run's folder), or the newest run's, or the one that comes with this project."""
+    """--checkpoint (a file or a run's folder), the newest run's, or the one that comes with this project."""
     found = Path(args.checkpoint) if args.checkpoint else next(iter(newest("checkpoint.pt")), PRETRAINED)
     found = found / "checkpoint.pt" if found.is_dir() else found
     return PRETRAINED if found.resolve() == PRETRAINED else found
