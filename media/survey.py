@@ -38,6 +38,7 @@ class Survey:
             "mouth opening against loudness, sound taken as late by -3..3 frames: "
             + " ".join(f"{r:.2f}" for r in self.correlation)
             + f" (with another clip's sound {self.chance:.2f})"
+            * (not np.isnan(self.chance))  # one clip alone
         )
 
 
