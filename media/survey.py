@@ -34,12 +34,9 @@ class Survey:
         return LAGS[int(np.nanargmax(r))] if np.isfinite(r).any() else 0
 
     def __str__(self):
-        return (
-            "mouth opening against loudness, sound taken as late by -3..3 frames: "
-            + " ".join(f"{r:.2f}" for r in self.correlation)
-            + f" (with another clip's sound {self.chance:.2f})"
-            * (not np.isnan(self.chance))  # one clip alone
-        )
+        own = " ".join(f"{r:.2f}" for r in self.correlation)
+        other = "" if np.isnan(self.chance) else f" (with another clip's sound {self.chance:.2f})"
+        return f"mouth opening against loudness, sound taken as late by -3..3 frames: {own}{other}"
 
 
 def survey(out, fps, fmax, clips):

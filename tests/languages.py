@@ -99,18 +99,17 @@ def area(tracks, spoken, fps):
 
 def measure(flow, data, synthesiser, voice):
     """A row of the table."""
-    import torch
+    from talkingflow import Talker
 
-    how, spoken, gaps, loud = {"fps": data["fps"], "sample_rate": synthesiser.rate}, [], [], []
-    mel, absolute = Mel(**data["mel"], **how), Mel(level=0, **how)
+    spoken, gaps, loud, fps, rate = [], [], [], data["fps"], synthesiser.rate
     for sentence in SENTENCES[voice.split("+")[0]].split("."):
         sound, phonemes = synthesiser.speak(" ".join(sentence.split()), voice)
-        columns = mel.columns(sound)
-        ahead = np.minimum(np.arange(len(columns)) + flow.config.lead, len(columns) - 1)
-        face = flow.sample(torch.from_numpy(columns[ahead])[None], 0.0)[0].numpy()
-        spoken.append(phonemes), gaps.append(gap(face)), loud.append(loudness(absolute.columns(sound)))
-    (right, opened, closed), others = area(gaps, spoken, data["fps"]), gaps[-1:] + gaps[:-1]
-    return right, *(area(tracks, spoken, data["fps"])[0] for tracks in (others, loud)), opened, closed
+        talker = Talker(flow, data, rate, temperature=0.0)
+        face = np.concatenate([talker.push(sound), talker.finish()], 1)[0]
+        columns = Mel(level=0, fps=fps, sample_rate=rate).columns(sound)
+        spoken.append(phonemes), gaps.append(gap(face)), loud.append(loudness(columns))
+    (right, opened, closed), others = area(gaps, spoken, fps), gaps[-1:] + gaps[:-1]
+    return right, *(area(tracks, spoken, fps)[0] for tracks in (others, loud)), opened, closed
 
 
 def main():
