@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that plain `pytest` finds the modules too
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other
+THOROUGH = bool(os.environ.get("THOROUGH"))  # what only a change of csrc/ or of a parser can break, in full
 terminal = {}  # what `say` prints to
 
 
