@@ -58,6 +58,7 @@ from media.video import EXTRACTORS, find_model, load_extractor, parts_of, read_v
 SPLITS = ("train", "val", "test")
 # what recorded data asks of a training (Config): the same for any speaker, see results/faces.md
 DEFAULTS = {
+    "steps": 8000,
     "lead": 2,
     "noise": 0.0022,
     "mean_hidden": 128,
